@@ -1,0 +1,8 @@
+/* Element types of files and of device memory; names as safetensors spells them. */
+#ifndef BASE_DTYPE_H
+#define BASE_DTYPE_H
+
+enum dtype { DTYPE_F32, DTYPE_F16, DTYPE_BF16, DTYPE_F64, DTYPE_I64, DTYPE_I32, DTYPE_I16, DTYPE_I8, DTYPE_U64, DTYPE_U32, DTYPE_U16,
+             DTYPE_U8, DTYPE_BOOL, DTYPE_F8_E4M3, DTYPE_F8_E5M2, DTYPE_COUNT };
+
+#endif

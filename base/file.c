@@ -1,0 +1,180 @@
+/* See file.h. Every write here ends in fsync; a failed fsync is final (after it the kernel may have dropped the pages). */
+#include "base/file.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "base/error.h"
+
+char *path_join(const char *dir, const char *name) { return xasprintf("%s/%s", dir, name); }
+
+bool path_exists(const char *path) { struct stat st; return stat(path, &st) == 0; }
+bool path_is_dir(const char *path) { struct stat st; return stat(path, &st) == 0 && S_ISDIR(st.st_mode); }
+int64_t path_size(const char *path) { struct stat st; return stat(path, &st) == 0 ? (int64_t)st.st_size : -1; }
+
+int file_pread(int fd, void *data, size_t bytes, int64_t offset, const char *path)
+{
+    char *p = data;
+    while (bytes) {
+        ssize_t n = pread(fd, p, bytes, offset);
+        if (n < 0 && errno == EINTR) continue;
+        if (n < 0) return fail_errno(ERR_IO, "%s: cannot read", path);
+        if (n == 0) return fail(ERR_INPUT, "%s: ends early: %zu more bytes were expected at offset %lld", path, bytes, (long long)offset);
+        p += n; offset += n; bytes -= (size_t)n;
+    }
+    return OK;
+}
+
+int file_write_all(int fd, const void *data, size_t bytes, const char *path)
+{
+    const char *p = data;
+    while (bytes) {
+        ssize_t n = write(fd, p, bytes);
+        if (n < 0 && errno == EINTR) continue;
+        if (n < 0) return fail_errno(ERR_IO, "%s: cannot write %zu bytes", path, bytes);
+        p += n; bytes -= (size_t)n;
+    }
+    return OK;
+}
+
+int file_read(const char *path, size_t max, char **data, size_t *bytes)
+{
+    int rc = OK, fd = open(path, O_RDONLY | O_CLOEXEC);
+    struct stat st;
+    char *buffer = NULL;
+    if (fd < 0) { rc = fail_errno(ERR_IO, "%s: cannot open", path); goto out; }
+    if (fstat(fd, &st)) { rc = fail_errno(ERR_IO, "%s: cannot stat", path); goto out; }
+    if (!S_ISREG(st.st_mode)) { rc = fail(ERR_INPUT, "%s: is not a regular file", path); goto out; }
+    if ((size_t)st.st_size > max) { rc = fail(ERR_INPUT, "%s: is %lld bytes, more than the %zu this kind of file may have", path, (long long)st.st_size, max); goto out; }
+    buffer = malloc((size_t)st.st_size + 1);
+    if (!buffer) { rc = fail(ERR_IO, "%s: no memory for its %lld bytes", path, (long long)st.st_size); goto out; }
+    TRY(file_pread(fd, buffer, (size_t)st.st_size, 0, path));
+    buffer[st.st_size] = 0;
+    *data = buffer;
+    *bytes = (size_t)st.st_size;
+    buffer = NULL;
+out:
+    free(buffer);
+    if (fd >= 0) close(fd);
+    return rc;
+}
+
+int file_sync_path(const char *path)
+{
+    int rc = OK, fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0) return fail_errno(ERR_IO, "%s: cannot open", path);
+    if (fsync(fd)) rc = fail_errno(ERR_IO, "%s: cannot sync to disk", path);
+    close(fd);
+    return rc;
+}
+
+int file_sync_dir(const char *dir) { return file_sync_path(dir); }
+
+static int sync_parent(const char *path)
+{
+    const char *slash = strrchr(path, '/');
+    char *dir = slash ? xstrndup(path, slash == path ? 1 : (size_t)(slash - path)) : xstrdup(".");
+    int rc = file_sync_dir(dir);
+    free(dir);
+    return rc;
+}
+
+int file_replace(const char *path, const void *data, size_t bytes)
+{
+    int rc = OK, fd = -1;
+    char *tmp = xasprintf("%s.tmp-%d", path, (int)getpid());
+    fd = open(tmp, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+    if (fd < 0) { rc = fail_errno(ERR_IO, "%s: cannot create", tmp); goto out; }
+    TRY(file_write_all(fd, data, bytes, tmp));
+    if (fsync(fd)) { rc = fail_errno(ERR_IO, "%s: cannot sync to disk", tmp); goto out; }
+    int closed = close(fd);
+    fd = -1;
+    if (closed) { rc = fail_errno(ERR_IO, "%s: cannot close", tmp); goto out; }
+    if (rename(tmp, path)) { rc = fail_errno(ERR_IO, "%s: cannot rename to %s", tmp, path); goto out; }
+    TRY(sync_parent(path));
+out:
+    if (fd >= 0) close(fd);
+    if (rc != OK) unlink(tmp);
+    free(tmp);
+    return rc;
+}
+
+int file_copy(const char *from, const char *to)
+{
+    char *data = NULL;
+    size_t bytes;
+    int rc = OK;
+    TRY(file_read(from, (size_t)1 << 40, &data, &bytes));
+    TRY(file_replace(to, data, bytes));
+out:
+    free(data);
+    return rc;
+}
+
+int dir_make(const char *path)
+{
+    char *p = xstrdup(path);
+    int rc = OK;
+    for (char *s = p + 1;; s++) {
+        char c = *s;
+        if (c && c != '/') continue;
+        *s = 0;
+        if (mkdir(p, 0777) && errno != EEXIST) { rc = fail_errno(ERR_IO, "%s: cannot create this directory", p); break; }
+        *s = c;
+        if (!c) break;
+    }
+    if (rc == OK && !path_is_dir(path)) rc = fail(ERR_IO, "%s: exists and is not a directory", path);
+    free(p);
+    return rc;
+}
+
+static int by_name(const void *a, const void *b) { return strcmp(*(char *const *)a, *(char *const *)b); }
+
+int dir_list(const char *path, char ***names, int *n)
+{
+    DIR *d = opendir(path);
+    if (!d) return fail_errno(ERR_IO, "%s: cannot open this directory", path);
+    char **list = NULL;
+    int count = 0, room = 0;
+    for (struct dirent *e; (e = readdir(d));) {
+        if (!strcmp(e->d_name, ".") || !strcmp(e->d_name, "..")) continue;
+        if (count == room) list = xrealloc(list, (size_t)(room = room ? 2 * room : 16) * sizeof *list);
+        list[count++] = xstrdup(e->d_name);
+    }
+    closedir(d);
+    if (count) qsort(list, (size_t)count, sizeof *list, by_name);
+    *names = list;
+    *n = count;
+    return OK;
+}
+
+void names_free(char **names, int n)
+{
+    for (int i = 0; i < n; i++) free(names[i]);
+    free(names);
+}
+
+int dir_remove_tree(const char *path)
+{
+    int rc = OK, n = 0;
+    char **names = NULL;
+    struct stat st;
+    if (lstat(path, &st)) return OK;
+    if (S_ISDIR(st.st_mode)) {
+        TRY(dir_list(path, &names, &n));
+        for (int i = 0; i < n; i++) {
+            char *child = path_join(path, names[i]);
+            rc = dir_remove_tree(child);
+            free(child);
+            if (rc != OK) goto out;
+        }
+        if (rmdir(path)) rc = fail_errno(ERR_IO, "%s: cannot remove", path);
+    } else if (unlink(path)) rc = fail_errno(ERR_IO, "%s: cannot remove", path);
+out:
+    names_free(names, n);
+    return rc;
+}

@@ -1,0 +1,89 @@
+/* See json.h. */
+#include "base/json.h"
+
+#include <string.h>
+
+#include "base/error.h"
+#include "base/file.h"
+
+int json_read_text(const char *text, size_t bytes, const char *name, json_t **root)
+{
+    json_error_t e;
+    *root = json_loadb(text, bytes, JSON_REJECT_DUPLICATES | JSON_DECODE_ANY, &e);
+    if (!*root) return fail(ERR_INPUT, "%s: not valid JSON: line %d, column %d: %s", name, e.line, e.column, e.text);
+    return OK;
+}
+
+int json_read_file(const char *path, size_t max_bytes, json_t **root)
+{
+    char *text = NULL;
+    size_t bytes;
+    int rc = OK;
+    TRY(file_read(path, max_bytes, &text, &bytes));
+    TRY(json_read_text(text, bytes, path, root));
+out:
+    free(text);
+    return rc;
+}
+
+char *json_canonical(const json_t *value)
+{
+    return json_dumps(value, JSON_COMPACT | JSON_SORT_KEYS | JSON_ENCODE_ANY);
+}
+
+int json_write_file(const char *path, const json_t *value)
+{
+    char *text = json_dumps(value, JSON_INDENT(2) | JSON_ENCODE_ANY);
+    CHECK(text, "JSON value for %s cannot be written", path);
+    char *line = xasprintf("%s\n", text);
+    int rc = file_replace(path, line, strlen(line));
+    free(line);
+    free(text);
+    return rc;
+}
+
+static int wrong(const char *where, const char *key, const char *type)
+{
+    return fail(ERR_INPUT, "%s: key \"%s\" is not %s", where, key, type);
+}
+
+int json_get_int(const json_t *o, const char *key, const char *where, int64_t fallback, int64_t *value)
+{
+    const json_t *v = json_object_get(o, key);
+    *value = fallback;
+    if (!v || json_is_null(v)) return OK;
+    if (json_is_real(v) && json_real_value(v) == (double)(int64_t)json_real_value(v)) *value = (int64_t)json_real_value(v);
+    else if (json_is_integer(v)) *value = json_integer_value(v);
+    else return wrong(where, key, "an integer");
+    return OK;
+}
+
+int json_get_double(const json_t *o, const char *key, const char *where, double fallback, double *value)
+{
+    const json_t *v = json_object_get(o, key);
+    *value = fallback;
+    if (!v || json_is_null(v)) return OK;
+    if (!json_is_number(v)) return wrong(where, key, "a number");
+    *value = json_number_value(v);
+    return OK;
+}
+
+int json_get_bool(const json_t *o, const char *key, const char *where, bool fallback, bool *value)
+{
+    const json_t *v = json_object_get(o, key);
+    *value = fallback;
+    if (!v || json_is_null(v)) return OK;
+    if (!json_is_boolean(v)) return wrong(where, key, "true or false");
+    *value = json_is_true(v);
+    return OK;
+}
+
+int json_get_string(const json_t *o, const char *key, const char *where, const char *fallback, const char **value)
+{
+    const json_t *v = json_object_get(o, key);
+    *value = fallback;
+    if (!v || json_is_null(v)) return OK;
+    if (!json_is_string(v)) return wrong(where, key, "a string");
+    *value = json_string_value(v);
+    return OK;
+}

@@ -1,0 +1,67 @@
+/* Loader: rows of a dataset or of a corpus -> batches, in an order that is a function of (seed, epoch).
+ *
+ * struct batch is the contract between data and training: plain host arrays that one op->upload each moves to the device.
+ * Order: epoch e visits the shards in index order when e = 0 (so that a dataset still being written can be followed and
+ * gives the same order as a finished one) and in a permuted order later; within a shard the rows are permuted. For a
+ * corpus the whole epoch is permuted. A row is never split, and an epoch's last short batch is filled from the next epoch.
+ * A reader thread keeps the next batches ready; the time the step had to wait for it is counted.
+ */
+#ifndef DATA_LOADER_H
+#define DATA_LOADER_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "data/corpus.h"
+#include "data/shard.h"
+
+/* B rows of length L; N = B * L positions, row after row. */
+struct batch {
+    int64_t rows, length, n;      /* B, L, N */
+    int32_t *tokens;              /* [N] */
+    int32_t *labels;              /* [N] token t+1 where loss_mask[t], else -1 */
+    uint8_t *mask;                /* [N] supervised */
+    int32_t *position;            /* [N] from 0 in every document */
+    int32_t *doc_begin;           /* [n_docs + 1] cumulative positions: document d is [doc_begin[d], doc_begin[d+1]); padding is a document of its own */
+    int64_t n_docs, max_doc;      /* room for N + 1 entries; longest document */
+    int64_t n_targets;            /* supervised positions */
+    /* teacher targets; NULL without */
+    int32_t k;                    /* K */
+    int32_t *head_ids;            /* [N, K] */
+    float   *head_logprob;        /* [N, K] log p at the loader's temperature */
+    float   *tail_logmass;        /* [N] log(1 - sum of head p), -INFINITY when nothing is left */
+    uint16_t *full_logits;        /* [N, Vv] f16, already divided by T (kind full) */
+    float   *lse;                 /* [N] log-sum-exp of t/T at the loader's temperature */
+    float   *label_logprob;       /* [N] teacher's log p of the label at temperatures[0] */
+    int64_t *row_index;           /* [B] which row of the dataset, for messages */
+};
+
+struct batch *batch_new(int64_t rows, int64_t length, const struct shard_manifest *teacher /* NULL: without targets */);
+void batch_free(struct batch *b);   /* NULL-safe */
+
+struct loader_options {
+    int64_t batch_rows;           /* rows of one micro-batch */
+    uint64_t seed;
+    float temperature;            /* must be listed in the manifest, else ERR_MISMATCH naming both */
+    bool follow; double wait_s;   /* wait for shards that are not sealed yet; 0: for ever */
+    bool shuffle;                 /* false: dataset order, one epoch, for evaluation */
+    volatile const int *stop;     /* waiting ends with ERR_STOPPED when *stop becomes nonzero; may be NULL */
+};
+struct loader;
+struct loader_state { int64_t epoch, cursor; };   /* rows consumed of this epoch; what a checkpoint stores */
+
+int  loader_open_dataset(struct loader **out, struct shard_dataset *d, const struct loader_options *o);   /* borrows d */
+int  loader_open_rows(struct loader **out, const struct corpus_rows *r, const struct loader_options *o);  /* borrows r */
+void loader_close(struct loader *l);              /* joins its thread; NULL-safe */
+/* The next batch, valid until the next call. ERR_INPUT: a broken row. With shuffle off, after the last row *b is NULL. */
+int  loader_next(struct loader *l, struct batch **b);
+int64_t loader_rows_per_epoch(const struct loader *l);
+/* Position after the batch last returned. Seek before the first loader_next. */
+void loader_tell(const struct loader *l, struct loader_state *s);
+int  loader_seek(struct loader *l, const struct loader_state *s);
+double loader_wait_seconds(const struct loader *l);   /* how long loader_next has blocked in total */
+/* Host helper: positions, labels and document bounds of rows as stored. Used by the loader, eval, dump and generate. */
+void batch_set_row(struct batch *b, int64_t i, const uint32_t *tokens, const uint8_t *loss_mask, const uint16_t *document);
+void batch_finish(struct batch *b);               /* doc_begin, n_docs, max_doc, n_targets after the rows are set */
+
+#endif

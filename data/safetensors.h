@@ -1,0 +1,68 @@
+/* Safetensors: one file, or a directory whose model.safetensors.index.json spreads tensors over several files.
+ *
+ * Files are mapped read-only; headers are untrusted input and are checked completely (length, UTF-8, duplicate keys,
+ * shapes times width = bytes without overflow, no holes, no overlaps, no byte left over) before a tensor is handed out.
+ * Format: huggingface/safetensors README and its validator; index rules: file names are plain, [A-Za-z0-9._-]+.safetensors,
+ * opened relative to the directory, never through a link out of it.
+ */
+#ifndef DATA_SAFETENSORS_H
+#define DATA_SAFETENSORS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "base/dtype.h"
+
+size_t dtype_bytes(enum dtype d);
+const char *dtype_name(enum dtype d);             /* as safetensors spells it: "F32", "BF16", ... */
+
+enum { TENSOR_MAX_DIMS = 8 };
+
+struct tensor_view {
+    const char *name;                             /* owned by the set */
+    enum dtype dtype;
+    int n_dims;
+    int64_t shape[TENSOR_MAX_DIMS];
+    int64_t count;                                /* product of shape */
+    const void *data;                             /* in the mapping, little endian, possibly unaligned */
+    size_t bytes;
+    int file;                                     /* index into files of the set */
+};
+
+struct tensor_set;                                /* sorted by name */
+
+/* `path`: a .safetensors file, or a directory with model.safetensors or model.safetensors.index.json.
+ * ERR_INPUT names file, tensor and fault; ERR_IO when it cannot be read. */
+int  tensor_set_open(struct tensor_set **out, const char *path);
+void tensor_set_close(struct tensor_set *s);      /* NULL-safe; unmaps */
+int  tensor_set_count(const struct tensor_set *s);
+const struct tensor_view *tensor_set_at(const struct tensor_set *s, int i);
+const struct tensor_view *tensor_set_find(const struct tensor_set *s, const char *name);   /* NULL if absent */
+int  tensor_set_files(const struct tensor_set *s);
+const char *tensor_set_file_path(const struct tensor_set *s, int file);
+/* SHA-256 over (name, dtype, shape, bytes) of every tensor in name order: the identity of the weights, however they are
+ * sharded. Reads everything once. */
+void tensor_set_hash(const struct tensor_set *s, char hex[65]);
+/* `count` elements from element `first` on, converted to float (exact for F32, F16, BF16; other dtypes are ERR_INPUT by name). */
+int tensor_to_float(const struct tensor_view *t, int64_t first, int64_t count, float *out);
+
+/* Writing. Tensors are written in the order safetensors itself uses (descending alignment of dtype, then name), the header
+ * padded to 8 with spaces. The file appears under its name only when complete and synced. */
+struct tensor_spec {
+    const char *name;
+    enum dtype dtype;
+    int n_dims;
+    int64_t shape[TENSOR_MAX_DIMS];
+    void *user;                                   /* for the callback */
+};
+/* Fills `bytes` bytes of tensor `spec` starting at byte `offset` of it into `out`. Called in order. */
+typedef int tensor_fill(void *context, const struct tensor_spec *spec, size_t offset, size_t bytes, void *out);
+/* One file. `metadata` is NULL-terminated pairs key, value, ... or NULL. */
+int safetensors_write(const char *path, const struct tensor_spec *specs, int n, const char *const *metadata,
+                      tensor_fill *fill, void *context);
+/* model.safetensors in `dir`, or model-00001-of-0000N.safetensors and an index when the total exceeds max_file_bytes
+ * (0: never split). Same order and metadata {"format": "pt"} as transformers writes. */
+int safetensors_write_dir(const char *dir, const struct tensor_spec *specs, int n, size_t max_file_bytes,
+                          tensor_fill *fill, void *context);
+
+#endif

@@ -1,0 +1,179 @@
+/* THE seam: one table of coarse training ops, implemented by kernels/cpu (the specification, fp32) and kernels/cuda
+ * (bf16, and fp32 for tests). Model code calls be->ops-> and never asks which one it is.
+ *
+ * Dimension letters: N tokens of the batch (rows end to end), C model width, F ffn width, V head columns, Vv valid ones
+ * (ids 0..Vv-1; the rest are padding), Hq/Hkv query and key/value heads, D head width, O outputs of a product,
+ * K teacher entries per token, R rows of a chunk of logits. Row-major, last index contiguous.
+ *
+ * Arguments: outputs, inputs, sizes, scalars. dX is the gradient of X. Weight gradients ACCUMULATE (+=), activation
+ * gradients are OVERWRITTEN (=). Ops return void, never allocate, never print, and only sync() and download() wait. What an
+ * op needs beside its arguments lies in the scratch arena (scratch_bytes() says how much; the caller puts it into
+ * be->scratch). A device failure inside an op ends the process with the expression, file and line.
+ */
+#ifndef KERNELS_BACKEND_H
+#define KERNELS_BACKEND_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "base/dtype.h"
+
+/* Elements of the backend's storage types, incomplete on purpose: no arithmetic, and mixing them up does not compile. */
+typedef struct act act;         /* activations and weights: be->act_dtype */
+typedef struct grad grad;       /* weight gradients: be->grad_dtype */
+typedef struct moment moment;   /* AdamW's m and v: be->moment_dtype */
+
+struct backend;
+
+/* ---- arguments that are more than a few numbers ---- */
+
+/* Packed documents: document d is positions [doc_begin[d], doc_begin[d+1]) of the N; causal inside, nothing across. */
+struct attention_args {
+    const int32_t *doc_begin;   /* device, [n_docs + 1] */
+    int64_t n_docs, max_doc, N;
+    int Hq, Hkv, D;             /* query head h reads key/value head h / (Hq / Hkv) */
+    float scale;                /* of q k^T: D^-1/2 */
+    int64_t window;             /* 0: none; else position i sees i-window+1 .. i */
+};
+
+enum divergence { DIV_FORWARD_KL, DIV_REVERSE_KL, DIV_JSD, DIV_SKEW_KL, DIV_TVD, DIV_COUNT };
+enum tail_policy { TAIL_BUCKET, TAIL_RENORMALISE, TAIL_DROP, TAIL_COUNT };
+enum target_kind { TARGET_NONE, TARGET_TOPK, TARGET_FULL };
+
+/* What a chunk of R positions learns from. All arrays on the device, first element = first row of the chunk. */
+struct distill_targets {
+    const int32_t *labels;              /* [R] next token; -1: not supervised, its row contributes nothing and gets zero gradient */
+    enum target_kind kind;
+    int K;                              /* TARGET_TOPK */
+    const int32_t *head_ids;            /* [R, K], all < Vv */
+    const float *head_logprob;          /* [R, K] log p at temperature T */
+    const float *tail_logmass;          /* [R] log mass outside the head at T; -INFINITY: none */
+    const void *full;                   /* TARGET_FULL: [R, full_stride] teacher logits; full_scale * them = t / T. Normalised here, over Vv. */
+    enum dtype full_dtype;              /* F32, F16 or BF16 */
+    int64_t full_stride;
+    float full_scale;
+};
+
+/* loss = kd_weight T^2 D(p, q) + ce_weight (-log softmax(z)[label]);  p = softmax(t/T), q = softmax(z/T), over Vv ids.
+ * Hinton et al. 2015 for T^2; jsd: Agarwal et al. 2024 (GKD) eq. 1; skew_kl: Ko et al. 2024 (DistiLLM) eq. 4. */
+struct distill_args {
+    enum divergence divergence;
+    enum tail_policy tail;
+    float beta, alpha;                  /* jsd: beta KL(p||m) + (1-beta) KL(q||m), m = beta p + (1-beta) q;  skew: KL(p || alpha p + (1-alpha) q) */
+    float temperature, kd_weight, ce_weight;
+    float gradient_scale;               /* 1 / supervised targets of the whole step: multiplies the gradient, not the reported losses */
+};
+
+/* Teacher side of a dump, for a chunk of R positions. NULL pointers are not computed. */
+struct teacher_targets {
+    int nT; const float *temperatures;  /* host array */
+    int K;
+    int32_t *head_ids;                  /* [R, K] by descending logit, ties by lower id */
+    float *head_logprob;                /* [R, K] log softmax(t/T0) over Vv */
+    float *lse;                         /* [R, nT] log sum exp(t/T) over Vv */
+    float *tail_logmass;                /* [R, nT] log mass of the ids outside the head, summed over them: no cancellation */
+    float *entropy;                     /* [R] nats at T0 */
+    float *label_logprob;               /* [R] log p(label) at T0; 0 where the label is -1 */
+    float *padding_mass;                /* [R] softmax mass at T = 1 that the columns Vv..V-1 would have had */
+    uint16_t *full;                     /* [R, Vv] f16 of t/T0 */
+};
+
+/* One evaluated position, T = 1, over Vv ids. Ties in an argmax go to the lower id. */
+struct eval_row {
+    float forward_kl, reverse_kl;       /* KL(p||q), KL(q||p); 0 without a teacher */
+    float student_logprob, teacher_logprob;   /* of the label */
+    uint8_t agree, student_top1, student_top5, teacher_top1, teacher_top5;
+    uint8_t counted;                    /* label >= 0 */
+};
+
+struct adamw_args {                     /* Loshchilov & Hutter 2019, algorithm 2, decay decoupled */
+    double lr, beta1, beta2, eps, weight_decay;
+    int64_t step;                       /* from 1: bias corrections 1 - beta^step */
+    double clip;                        /* 0: none; gradient *= min(1, clip / (norm + 1e-6)) */
+    uint64_t seed;                      /* stochastic rounding where weights have no fp32 master: a function of (seed, step, element) */
+    int64_t first;                      /* index of the range's first element in the whole table */
+};
+
+/* The largest of each size that ops will be called with. */
+struct op_limits { int64_t N, C, F, V, chunk_rows, max_doc; int Hq, Hkv, D, K; };
+
+struct ops {
+    /* ---- memory ---- */
+    void *(*alloc)(struct backend *be, size_t bytes);                     /* NULL when there is no room; 256-byte aligned */
+    void (*release)(struct backend *be, void *p);
+    int64_t (*available)(struct backend *be);                             /* bytes that alloc could give out now */
+    void (*upload)(struct backend *be, void *to, const void *from_host, size_t bytes);
+    void (*download)(struct backend *be, void *to_host, const void *from, size_t bytes);   /* waits */
+    void (*upload_act)(struct backend *be, act *to, const float *from_host, int64_t count);       /* rounds to act_dtype; waits */
+    void (*download_act)(struct backend *be, float *to_host, const act *from, int64_t count);     /* waits */
+    void (*download_grad)(struct backend *be, float *to_host, const grad *from, int64_t count);   /* waits */
+    void (*fill_zero)(struct backend *be, void *p, size_t bytes);
+    void (*copy)(struct backend *be, void *to, const void *from, size_t bytes);
+    void (*sync)(struct backend *be);
+    size_t (*scratch_bytes)(struct backend *be, const struct op_limits *limits);
+
+    /* ---- the model ---- */
+    void (*embed_forward)(struct backend *be, act *x, const int32_t *tokens, const act *table, int64_t N, int64_t C);      /* x (N,C), table (V,C) */
+    void (*embed_backward)(struct backend *be, grad *dtable, const act *dx, const int32_t *tokens, int64_t N, int64_t C, int64_t V);
+
+    /* s = x + r (r NULL: s = x; sum NULL: not stored);  y = w s rstd,  rstd = (mean s^2 + eps)^-1/2. Zhang & Sennrich 2019. sum may alias x or r. */
+    void (*rmsnorm_forward)(struct backend *be, act *y, float *rstd, act *sum, const act *x, const act *r, const act *w, int64_t N, int64_t C, float eps);
+    /* dx = dres + gradient through the norm: where the residual stream joins. dres may be NULL or alias dx; dy may alias dx. x is the norm's input s. */
+    void (*rmsnorm_backward)(struct backend *be, act *dx, grad *dw, const act *dres, const act *dy, const act *x, const act *w, const float *rstd, int64_t N, int64_t C);
+
+    /* RMSNorm over D of every q and k head of qkv (N, Hq+2Hkv, D); v is copied. rstd (N, Hq+Hkv). y may not alias x. dx may alias dy. */
+    void (*qk_norm_forward)(struct backend *be, act *y, float *rstd, const act *x, const act *wq, const act *wk, int64_t N, int Hq, int Hkv, int D, float eps);
+    void (*qk_norm_backward)(struct backend *be, act *dx, grad *dwq, grad *dwk, const act *dy, const act *x, const act *wq, const act *wk, const float *rstd,
+                             int64_t N, int Hq, int Hkv, int D);
+
+    /* In place on the q and k heads of qkv (N, Hq+2Hkv, D): (a, b) = (x_i, x_{i+D/2}) -> (a c - b s, b c + a s), c = cos[position, i].
+     * cos, sin (positions, D/2) fp32 with any attention factor multiplied in. Su et al. 2021; halves paired as Hugging Face does. backward: the transpose. */
+    void (*rope_forward)(struct backend *be, act *qkv, const float *cos, const float *sin, const int32_t *position, int64_t N, int Hq, int Hkv, int D);
+    void (*rope_backward)(struct backend *be, act *dqkv, const float *cos, const float *sin, const int32_t *position, int64_t N, int Hq, int Hkv, int D);
+
+    /* o (N, Hq, D) = softmax(scale q k^T) v inside every document; lse (Hq, N) natural log-sum-exp of the scaled scores, for backward. */
+    void (*attention_forward)(struct backend *be, act *o, float *lse, const act *qkv, const struct attention_args *a);
+    void (*attention_backward)(struct backend *be, act *dqkv, const act *d_o, const act *o, const float *lse, const act *qkv, const struct attention_args *a);
+    /* Generation, one sequence: k, v of the n rows of qkv (already rotated) are stored at past .. past+n-1 of the caches (max, Hkv, D); row i attends to 0 .. past+i. */
+    void (*attention_cached)(struct backend *be, act *o, act *k_cache, act *v_cache, const act *qkv, int64_t n, int64_t past, int Hq, int Hkv, int D, float scale, int64_t window);
+
+    /* y (N,O) = x (N,C) w (O,C)^T + bias (O), bias NULL: none */
+    void (*linear_forward)(struct backend *be, act *y, const act *x, const act *w, const act *bias, int64_t N, int64_t C, int64_t O);
+    void (*linear_backward_input)(struct backend *be, act *dx, const act *dy, const act *w, int64_t N, int64_t C, int64_t O);
+    void (*linear_backward_weight)(struct backend *be, grad *dw, grad *dbias, const act *dy, const act *x, int64_t N, int64_t C, int64_t O);
+
+    /* h (N,F) = silu(g) u;  gate_up (N, 2F) holds g in columns 0..F-1 and u in F..2F-1. Shazeer 2020. d_gate_up may alias gate_up. */
+    void (*swiglu_forward)(struct backend *be, act *h, const act *gate_up, int64_t N, int64_t F);
+    void (*swiglu_backward)(struct backend *be, act *d_gate_up, const act *dh, const act *gate_up, int64_t N, int64_t F);
+
+    /* ---- objective, targets, evaluation: over a chunk of R rows of logits (R, V) ---- */
+    /* logits -> their gradient in place (padding columns get 0); kd[R] = T^2 D(p,q), ce[R] = -log softmax(z)[label], both unweighted, 0 where not supervised.
+     * TARGET_TOPK takes DIV_FORWARD_KL alone. ce is reported even when ce_weight is 0. */
+    void (*distill_loss)(struct backend *be, act *logits, float *kd, float *ce, const struct distill_targets *t, const struct distill_args *a,
+                         int64_t R, int64_t V, int64_t Vv);
+    void (*teacher_targets)(struct backend *be, const struct teacher_targets *out, const act *logits, const int32_t *labels, int64_t R, int64_t V, int64_t Vv);
+    /* student (R, Vs), teacher (R, Vt) or NULL */
+    void (*compare_logits)(struct backend *be, struct eval_row *out, const act *student, const act *teacher, const int32_t *labels, int64_t R, int64_t Vs, int64_t Vt, int64_t Vv);
+
+    /* ---- optimizer: flat ranges ---- */
+    void (*sum_squares)(struct backend *be, double *sum, const grad *g, int64_t count);    /* *sum (device) = */
+    void (*sum_rows)(struct backend *be, double *sum, const float *x, int64_t count);      /* *sum (device) += */
+    /* Skips itself when *grad_sum_squares is not finite. master NULL: w is the master (fp32) or is rounded stochastically (bf16). */
+    void (*adamw)(struct backend *be, act *w, float *master, const grad *g, moment *m, moment *v, int64_t count, const double *grad_sum_squares, const struct adamw_args *a);
+};
+
+struct backend {
+    const char *name;                   /* "cpu", "cuda" */
+    enum dtype act_dtype, grad_dtype, moment_dtype;
+    const struct ops *ops;
+    void *scratch; size_t scratch_bytes;/* set by the caller from its memory plan, at least ops->scratch_bytes() */
+    void *state;                        /* the backend's own */
+};
+
+struct backend_options { const char *device; const char *precision; int threads; };   /* "cpu"|"cuda"; "fp32"|"bf16", NULL: the device's production type; 0: all cores */
+/* ERR_USAGE: unknown device, or this build or machine has none (says which). Refuses a table with a NULL entry by number (our bug). */
+int  backend_open(struct backend **out, const struct backend_options *o);
+void backend_close(struct backend *be);                 /* NULL-safe */
+
+#endif

@@ -1,0 +1,79 @@
+/* The CPU backend: the table, and memory that is ordinary host memory. Everything is fp32; every op runs to its end before it returns. */
+#include <string.h>
+#include <unistd.h>
+
+#include "base/error.h"
+#include "kernels/cpu/cpu.h"
+#include "kernels/cpu/open.h"
+
+static void *cpu_alloc(struct backend *be, size_t bytes)
+{
+    (void)be;
+    void *p = NULL;
+    return posix_memalign(&p, 256, bytes ? bytes : 256) ? NULL : p;
+}
+
+static void cpu_release(struct backend *be, void *p) { (void)be; free(p); }
+
+/* What the kernel says can be had without swapping; a container's own limit is not asked. */
+static int64_t cpu_available(struct backend *be)
+{
+    (void)be;
+    FILE *f = fopen("/proc/meminfo", "r");
+    char line[256];
+    long long kib = -1;
+    while (f && fgets(line, sizeof line, f)) if (sscanf(line, "MemAvailable: %lld kB", &kib) == 1) break;
+    if (f) fclose(f);
+    return kib >= 0 ? kib * 1024 : (int64_t)sysconf(_SC_AVPHYS_PAGES) * sysconf(_SC_PAGESIZE);
+}
+
+static void cpu_upload(struct backend *be, void *to, const void *from, size_t bytes) { (void)be; memcpy(to, from, bytes); }
+static void cpu_download(struct backend *be, void *to, const void *from, size_t bytes) { (void)be; memcpy(to, from, bytes); }
+static void cpu_upload_act(struct backend *be, act *to, const float *from, int64_t count) { (void)be; memcpy(to, from, (size_t)count * sizeof *from); }
+static void cpu_download_act(struct backend *be, float *to, const act *from, int64_t count) { (void)be; memcpy(to, from, (size_t)count * sizeof *to); }
+static void cpu_download_grad(struct backend *be, float *to, const grad *from, int64_t count) { (void)be; memcpy(to, from, (size_t)count * sizeof *to); }
+static void cpu_copy(struct backend *be, void *to, const void *from, size_t bytes) { (void)be; memcpy(to, from, bytes); }
+static void cpu_sync(struct backend *be) { (void)be; }
+
+static void cpu_fill_zero(struct backend *be, void *p, size_t bytes)
+{
+    (void)be;
+    enum { BLOCK = 1 << 20 };
+    #pragma omp parallel for schedule(static)
+    for (size_t b = 0; b < bytes; b += BLOCK) memset((char *)p + b, 0, bytes - b < BLOCK ? bytes - b : BLOCK);
+}
+
+static size_t cpu_scratch_bytes(struct backend *be, const struct op_limits *l)
+{
+    (void)be;
+    size_t attention = cpu_attention_scratch(l), rows = thread_scratch_bytes((size_t)(2 * l->V)), sums = (size_t)1 << 16;
+    size_t most = attention > rows ? attention : rows;
+    return most > sums ? most : sums;
+}
+
+static const struct ops cpu_ops = {
+    .alloc = cpu_alloc, .release = cpu_release, .available = cpu_available,
+    .upload = cpu_upload, .download = cpu_download, .upload_act = cpu_upload_act, .download_act = cpu_download_act, .download_grad = cpu_download_grad,
+    .fill_zero = cpu_fill_zero, .copy = cpu_copy, .sync = cpu_sync, .scratch_bytes = cpu_scratch_bytes,
+    .embed_forward = cpu_embed_forward, .embed_backward = cpu_embed_backward,
+    .rmsnorm_forward = cpu_rmsnorm_forward, .rmsnorm_backward = cpu_rmsnorm_backward,
+    .qk_norm_forward = cpu_qk_norm_forward, .qk_norm_backward = cpu_qk_norm_backward,
+    .rope_forward = cpu_rope_forward, .rope_backward = cpu_rope_backward,
+    .attention_forward = cpu_attention_forward, .attention_backward = cpu_attention_backward, .attention_cached = cpu_attention_cached,
+    .linear_forward = cpu_linear_forward, .linear_backward_input = cpu_linear_backward_input, .linear_backward_weight = cpu_linear_backward_weight,
+    .swiglu_forward = cpu_swiglu_forward, .swiglu_backward = cpu_swiglu_backward,
+    .distill_loss = cpu_distill_loss, .teacher_targets = cpu_teacher_targets, .compare_logits = cpu_compare_logits,
+    .sum_squares = cpu_sum_squares, .sum_rows = cpu_sum_rows, .adamw = cpu_adamw,
+};
+
+int cpu_backend_open(struct backend **out, const struct backend_options *o)
+{
+    if (o->precision && strcmp(o->precision, "fp32")) return fail(ERR_USAGE, "device cpu: computes in fp32, not in %s; leave the precision out or use device cuda", o->precision);
+    if (o->threads > 0) omp_set_num_threads(o->threads);
+    struct backend *be = xcalloc(1, sizeof *be);
+    *be = (struct backend){.name = "cpu", .act_dtype = DTYPE_F32, .grad_dtype = DTYPE_F32, .moment_dtype = DTYPE_F32, .ops = &cpu_ops};
+    *out = be;
+    return OK;
+}
+
+void cpu_backend_close(struct backend *be) { free(be); }

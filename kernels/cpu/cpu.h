@@ -1,0 +1,74 @@
+/* What the CPU ops share: casts from the seam's incomplete element types (all fp32 here), per-thread scratch, and exp() that
+ * the compiler can vectorise. One prototype per op; the table is in backend.c. */
+#ifndef KERNELS_CPU_CPU_H
+#define KERNELS_CPU_CPU_H
+
+#include <math.h>
+#include <omp.h>
+
+#include "kernels/backend.h"
+
+static inline float *fp32(act *x) { return (float *)x; }
+static inline const float *cfp32(const act *x) { return (const float *)x; }
+static inline float *gfp32(grad *x) { return (float *)x; }
+static inline const float *cgfp32(const grad *x) { return (const float *)x; }
+
+/* This thread's part of the scratch arena: `floats` floats for every thread, cache line aligned. */
+static inline float *thread_scratch(struct backend *be, size_t floats)
+{
+    return (float *)be->scratch + (size_t)omp_get_thread_num() * ((floats + 15) & ~(size_t)15);
+}
+static inline size_t thread_scratch_bytes(size_t floats) { return (size_t)omp_get_max_threads() * ((floats + 15) & ~(size_t)15) * sizeof(float); }
+
+/* e^x within 2 ulp of fp32, without branches: x = n ln 2 + r, |r| <= ln 2 / 2, e^r by its Taylor polynomial of degree 7
+ * (the next term is below 6e-9), times 2^n through the exponent bits. Below -87 it is 0, as
+ * masked logits of -INFINITY must be; above 88.7 it is INFINITY. NaN stays NaN. */
+static inline float exp_fp32(float x)
+{
+    float n = rintf(x * 1.44269504088896341f);
+    float r = fmaf(n, -0.693145751953125f, x);
+    r = fmaf(n, -1.42860682030941723212e-6f, r);
+    float p = 1.9841269841e-4f;
+    p = fmaf(p, r, 1.3888888889e-3f);
+    p = fmaf(p, r, 8.3333333333e-3f);
+    p = fmaf(p, r, 4.1666666667e-2f);
+    p = fmaf(p, r, 1.6666666667e-1f);
+    p = fmaf(p, r, 5.0e-1f);
+    p = fmaf(p * r, r, r) + 1.0f;
+    union { int32_t i; float f; } scale = {.i = ((int32_t)(n < -126.0f ? -126.0f : n > 127.0f ? 127.0f : n) + 127) << 23};
+    float y = p * scale.f;
+    y = x < -87.0f ? 0.0f : y;
+    y = x > 88.7f ? INFINITY : y;
+    return x != x ? x : y;
+}
+
+/* Row statistics over n values scaled by `scale`: the largest, and log sum exp in double. -INFINITY for an empty or fully masked row. */
+float  row_max(const float *x, int64_t n);
+double row_log_sum_exp(const float *x, int64_t n, float scale);
+
+void cpu_embed_forward(struct backend *be, act *x, const int32_t *tokens, const act *table, int64_t N, int64_t C);
+void cpu_embed_backward(struct backend *be, grad *dtable, const act *dx, const int32_t *tokens, int64_t N, int64_t C, int64_t V);
+void cpu_rmsnorm_forward(struct backend *be, act *y, float *rstd, act *sum, const act *x, const act *r, const act *w, int64_t N, int64_t C, float eps);
+void cpu_rmsnorm_backward(struct backend *be, act *dx, grad *dw, const act *dres, const act *dy, const act *x, const act *w, const float *rstd, int64_t N, int64_t C);
+void cpu_qk_norm_forward(struct backend *be, act *y, float *rstd, const act *x, const act *wq, const act *wk, int64_t N, int Hq, int Hkv, int D, float eps);
+void cpu_qk_norm_backward(struct backend *be, act *dx, grad *dwq, grad *dwk, const act *dy, const act *x, const act *wq, const act *wk, const float *rstd,
+                          int64_t N, int Hq, int Hkv, int D);
+void cpu_rope_forward(struct backend *be, act *qkv, const float *cos, const float *sin, const int32_t *position, int64_t N, int Hq, int Hkv, int D);
+void cpu_rope_backward(struct backend *be, act *dqkv, const float *cos, const float *sin, const int32_t *position, int64_t N, int Hq, int Hkv, int D);
+size_t cpu_attention_scratch(const struct op_limits *l);
+void cpu_attention_forward(struct backend *be, act *o, float *lse, const act *qkv, const struct attention_args *a);
+void cpu_attention_backward(struct backend *be, act *dqkv, const act *d_o, const act *o, const float *lse, const act *qkv, const struct attention_args *a);
+void cpu_attention_cached(struct backend *be, act *o, act *k_cache, act *v_cache, const act *qkv, int64_t n, int64_t past, int Hq, int Hkv, int D, float scale, int64_t window);
+void cpu_linear_forward(struct backend *be, act *y, const act *x, const act *w, const act *bias, int64_t N, int64_t C, int64_t O);
+void cpu_linear_backward_input(struct backend *be, act *dx, const act *dy, const act *w, int64_t N, int64_t C, int64_t O);
+void cpu_linear_backward_weight(struct backend *be, grad *dw, grad *dbias, const act *dy, const act *x, int64_t N, int64_t C, int64_t O);
+void cpu_swiglu_forward(struct backend *be, act *h, const act *gate_up, int64_t N, int64_t F);
+void cpu_swiglu_backward(struct backend *be, act *d_gate_up, const act *dh, const act *gate_up, int64_t N, int64_t F);
+void cpu_distill_loss(struct backend *be, act *logits, float *kd, float *ce, const struct distill_targets *t, const struct distill_args *a, int64_t R, int64_t V, int64_t Vv);
+void cpu_teacher_targets(struct backend *be, const struct teacher_targets *out, const act *logits, const int32_t *labels, int64_t R, int64_t V, int64_t Vv);
+void cpu_compare_logits(struct backend *be, struct eval_row *out, const act *student, const act *teacher, const int32_t *labels, int64_t R, int64_t Vs, int64_t Vt, int64_t Vv);
+void cpu_sum_squares(struct backend *be, double *sum, const grad *g, int64_t count);
+void cpu_sum_rows(struct backend *be, double *sum, const float *x, int64_t count);
+void cpu_adamw(struct backend *be, act *w, float *master, const grad *g, moment *m, moment *v, int64_t count, const double *grad_sum_squares, const struct adamw_args *a);
+
+#endif
