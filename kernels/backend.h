@@ -127,16 +127,21 @@ struct ops {
     void (*qk_norm_backward)(struct backend *be, act *dx, grad *dwq, grad *dwk, const act *dy, const act *x, const act *wq, const act *wk, const float *rstd,
                              int64_t N, int Hq, int Hkv, int D);
 
-    /* In place on the q and k heads of qkv (N, Hq+2Hkv, D): (a, b) = (x_i, x_{i+D/2}) -> (a c - b s, b c + a s), c = cos[position, i].
-     * cos, sin (positions, D/2) fp32 with any attention factor multiplied in. Su et al. 2021; halves paired as Hugging Face does. backward: the transpose. */
-    void (*rope_forward)(struct backend *be, act *qkv, const float *cos, const float *sin, const int32_t *position, int64_t N, int Hq, int Hkv, int D);
-    void (*rope_backward)(struct backend *be, act *dqkv, const float *cos, const float *sin, const int32_t *position, int64_t N, int Hq, int Hkv, int D);
+    /* qkv (N, Hq+2Hkv, D), fused as the product wrote it -> planes q (N,Hq,D), k (N,Hkv,D), v (N,Hkv,D), which is what attention kernels want.
+     * q and k heads turn: (a, b) = (x_i, x_{i+D/2}) -> (a c - b s, b c + a s), c = cos[position, i]; v is copied. cos, sin (positions, D/2) fp32 with
+     * any attention factor multiplied in. Su et al. 2021; halves paired as Hugging Face does. backward: the transpose. No aliasing. */
+    void (*rope_forward)(struct backend *be, act *q, act *k, act *v, const act *qkv, const float *cos, const float *sin, const int32_t *position,
+                         int64_t N, int Hq, int Hkv, int D);
+    void (*rope_backward)(struct backend *be, act *dqkv, const act *dq, const act *dk, const act *dv, const float *cos, const float *sin, const int32_t *position,
+                          int64_t N, int Hq, int Hkv, int D);
 
-    /* o (N, Hq, D) = softmax(scale q k^T) v inside every document; lse (Hq, N) natural log-sum-exp of the scaled scores, for backward. */
-    void (*attention_forward)(struct backend *be, act *o, float *lse, const act *qkv, const struct attention_args *a);
-    void (*attention_backward)(struct backend *be, act *dqkv, const act *d_o, const act *o, const float *lse, const act *qkv, const struct attention_args *a);
-    /* Generation, one sequence: k, v of the n rows of qkv (already rotated) are stored at past .. past+n-1 of the caches (max, Hkv, D); row i attends to 0 .. past+i. */
-    void (*attention_cached)(struct backend *be, act *o, act *k_cache, act *v_cache, const act *qkv, int64_t n, int64_t past, int Hq, int Hkv, int D, float scale, int64_t window);
+    /* o (N,Hq,D) = softmax(scale q k^T) v inside every document; lse: N * Hq floats for backward, in the backend's own order. */
+    void (*attention_forward)(struct backend *be, act *o, float *lse, const act *q, const act *k, const act *v, const struct attention_args *a);
+    void (*attention_backward)(struct backend *be, act *dq, act *dk, act *dv, const act *d_o, const act *o, const float *lse, const act *q, const act *k, const act *v,
+                               const struct attention_args *a);
+    /* Generation, one sequence: k, v (n,Hkv,D), already rotated, are stored at past .. past+n-1 of the caches (max, Hkv, D); query i attends to 0 .. past+i. */
+    void (*attention_cached)(struct backend *be, act *o, act *k_cache, act *v_cache, const act *q, const act *k, const act *v, int64_t n, int64_t past,
+                             int Hq, int Hkv, int D, float scale, int64_t window);
 
     /* y (N,O) = x (N,C) w (O,C)^T + bias (O), bias NULL: none */
     void (*linear_forward)(struct backend *be, act *y, const act *x, const act *w, const act *bias, int64_t N, int64_t C, int64_t O);

@@ -53,12 +53,15 @@ void cpu_rmsnorm_backward(struct backend *be, act *dx, grad *dw, const act *dres
 void cpu_qk_norm_forward(struct backend *be, act *y, float *rstd, const act *x, const act *wq, const act *wk, int64_t N, int Hq, int Hkv, int D, float eps);
 void cpu_qk_norm_backward(struct backend *be, act *dx, grad *dwq, grad *dwk, const act *dy, const act *x, const act *wq, const act *wk, const float *rstd,
                           int64_t N, int Hq, int Hkv, int D);
-void cpu_rope_forward(struct backend *be, act *qkv, const float *cos, const float *sin, const int32_t *position, int64_t N, int Hq, int Hkv, int D);
-void cpu_rope_backward(struct backend *be, act *dqkv, const float *cos, const float *sin, const int32_t *position, int64_t N, int Hq, int Hkv, int D);
+void cpu_rope_forward(struct backend *be, act *q, act *k, act *v, const act *qkv, const float *cos, const float *sin, const int32_t *position, int64_t N, int Hq, int Hkv, int D);
+void cpu_rope_backward(struct backend *be, act *dqkv, const act *dq, const act *dk, const act *dv, const float *cos, const float *sin, const int32_t *position,
+                       int64_t N, int Hq, int Hkv, int D);
 size_t cpu_attention_scratch(const struct op_limits *l);
-void cpu_attention_forward(struct backend *be, act *o, float *lse, const act *qkv, const struct attention_args *a);
-void cpu_attention_backward(struct backend *be, act *dqkv, const act *d_o, const act *o, const float *lse, const act *qkv, const struct attention_args *a);
-void cpu_attention_cached(struct backend *be, act *o, act *k_cache, act *v_cache, const act *qkv, int64_t n, int64_t past, int Hq, int Hkv, int D, float scale, int64_t window);
+void cpu_attention_forward(struct backend *be, act *o, float *lse, const act *q, const act *k, const act *v, const struct attention_args *a);
+void cpu_attention_backward(struct backend *be, act *dq, act *dk, act *dv, const act *d_o, const act *o, const float *lse, const act *q, const act *k, const act *v,
+                            const struct attention_args *a);
+void cpu_attention_cached(struct backend *be, act *o, act *k_cache, act *v_cache, const act *q, const act *k, const act *v, int64_t n, int64_t past,
+                          int Hq, int Hkv, int D, float scale, int64_t window);
 void cpu_linear_forward(struct backend *be, act *y, const act *x, const act *w, const act *bias, int64_t N, int64_t C, int64_t O);
 void cpu_linear_backward_input(struct backend *be, act *dx, const act *dy, const act *w, int64_t N, int64_t C, int64_t O);
 void cpu_linear_backward_weight(struct backend *be, grad *dw, grad *dbias, const act *dy, const act *x, int64_t N, int64_t C, int64_t O);

@@ -1,33 +1,43 @@
 /* Rotary position embedding (Su et al. 2021), halves paired as Hugging Face does: for i < D/2
  *     (a, b) = (x_i, x_{i+D/2}) -> (a c - b s, b c + a s)      c, s = cos, sin[position, i]
- * The table carries any attention factor, so the backward is the transpose, not the inverse: (a c + b s, b c - a s). */
+ * on the way from the fused rows of the q,k,v product to one plane each (v passes unchanged). The table carries any attention
+ * factor, so the backward is the transpose, not the inverse: (a c + b s, b c - a s). */
+#include <string.h>
+
 #include "kernels/cpu/cpu.h"
 
-static void rotate(float *qkv, const float *cos, const float *sin, const int32_t *position, int64_t N, int Hq, int Hkv, int D, float direction)
+static void turn_head(float *out, const float *in, const float *c, const float *s, int half, float direction)
 {
-    int half = D / 2, width = (Hq + 2 * Hkv) * D;
-    #pragma omp parallel for schedule(static)
-    for (int64_t n = 0; n < N; n++) {
-        const float *c = cos + (int64_t)position[n] * half, *s = sin + (int64_t)position[n] * half;
-        for (int h = 0; h < Hq + Hkv; h++) {
-            float *a = qkv + n * width + h * D, *b = a + half;
-            for (int i = 0; i < half; i++) {
-                float ai = a[i], bi = b[i], si = direction * s[i];
-                a[i] = ai * c[i] - bi * si;
-                b[i] = bi * c[i] + ai * si;
-            }
-        }
+    for (int i = 0; i < half; i++) {
+        out[i] = in[i] * c[i] - in[i + half] * (direction * s[i]);
+        out[i + half] = in[i + half] * c[i] + in[i] * (direction * s[i]);
     }
 }
 
-void cpu_rope_forward(struct backend *be, act *qkv, const float *cos, const float *sin, const int32_t *position, int64_t N, int Hq, int Hkv, int D)
+void cpu_rope_forward(struct backend *be, act *q, act *k, act *v, const act *qkv, const float *cos, const float *sin, const int32_t *position, int64_t N, int Hq, int Hkv, int D)
 {
     (void)be;
-    rotate(fp32(qkv), cos, sin, position, N, Hq, Hkv, D, 1);
+    int64_t half = D / 2, width = (Hq + 2 * Hkv) * D, kv_width = Hkv * D;
+    #pragma omp parallel for schedule(static)
+    for (int64_t n = 0; n < N; n++) {
+        const float *c = cos + position[n] * half, *s = sin + position[n] * half, *in = cfp32(qkv) + n * width;
+        for (int h = 0; h < Hq; h++) turn_head(fp32(q) + (n * Hq + h) * D, in + h * D, c, s, (int)half, 1);
+        for (int h = 0; h < Hkv; h++) turn_head(fp32(k) + (n * Hkv + h) * D, in + (Hq + h) * D, c, s, (int)half, 1);
+        memcpy(fp32(v) + n * kv_width, in + (Hq + Hkv) * D, (size_t)kv_width * sizeof(float));
+    }
 }
 
-void cpu_rope_backward(struct backend *be, act *dqkv, const float *cos, const float *sin, const int32_t *position, int64_t N, int Hq, int Hkv, int D)
+void cpu_rope_backward(struct backend *be, act *dqkv, const act *dq, const act *dk, const act *dv, const float *cos, const float *sin, const int32_t *position,
+                       int64_t N, int Hq, int Hkv, int D)
 {
     (void)be;
-    rotate(fp32(dqkv), cos, sin, position, N, Hq, Hkv, D, -1);
+    int64_t half = D / 2, width = (Hq + 2 * Hkv) * D, kv_width = Hkv * D;
+    #pragma omp parallel for schedule(static)
+    for (int64_t n = 0; n < N; n++) {
+        const float *c = cos + position[n] * half, *s = sin + position[n] * half;
+        float *out = fp32(dqkv) + n * width;
+        for (int h = 0; h < Hq; h++) turn_head(out + h * D, cfp32(dq) + (n * Hq + h) * D, c, s, (int)half, -1);
+        for (int h = 0; h < Hkv; h++) turn_head(out + (Hq + h) * D, cfp32(dk) + (n * Hkv + h) * D, c, s, (int)half, -1);
+        memcpy(out + (Hq + Hkv) * D, cfp32(dv) + n * kv_width, (size_t)kv_width * sizeof(float));
+    }
 }
