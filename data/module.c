@@ -1,0 +1,1 @@
+/* empty until the first file */ typedef int data_module;

@@ -1,0 +1,98 @@
+/* See memory.h. */
+#include "train/memory.h"
+
+#include <string.h>
+
+#include "base/error.h"
+
+enum { ALIGN = 256, MAX_ROWS = 32 };
+
+struct slot { void **address; int row; size_t bytes, offset; };
+struct row { const char *name, *key; size_t bytes; void *block; };
+
+struct memory_plan {
+    struct backend *be;
+    struct row row[MAX_ROWS]; int n_rows;
+    struct slot *slot; int n_slots, room;
+    bool committed;
+};
+
+struct memory_plan *memory_plan_new(struct backend *be)
+{
+    struct memory_plan *m = xcalloc(1, sizeof *m);
+    m->be = be;
+    return m;
+}
+
+void memory_plan_free(struct memory_plan *m)
+{
+    if (!m) return;
+    for (int i = 0; i < m->n_rows; i++) if (m->row[i].block) m->be->ops->release(m->be, m->row[i].block);
+    free(m->slot);
+    free(m);
+}
+
+void memory_add_slot(struct memory_plan *m, const char *name, const char *key, void **address, size_t bytes)
+{
+    CHECK(!m->committed, "memory for \"%s\" asked for after the plan was committed", name);
+    int r = 0;
+    while (r < m->n_rows && strcmp(m->row[r].name, name)) r++;
+    if (r == m->n_rows) {
+        CHECK(r < MAX_ROWS, "too many rows in the memory plan");
+        m->row[m->n_rows++] = (struct row){.name = name, .key = key};
+    }
+    if (m->n_slots == m->room) m->slot = xrealloc(m->slot, (size_t)(m->room = m->room ? 2 * m->room : 64) * sizeof *m->slot);
+    m->slot[m->n_slots++] = (struct slot){address, r, bytes, m->row[r].bytes};
+    m->row[r].bytes += (bytes + ALIGN - 1) / ALIGN * ALIGN;
+    *address = NULL;
+}
+
+void memory_add_scratch(struct memory_plan *m, size_t bytes)
+{
+    for (int i = 0; i < m->n_slots; i++)
+        if (m->slot[i].address == &m->be->scratch) {
+            if (bytes <= m->be->scratch_bytes) return;
+            m->row[m->slot[i].row].bytes = 0;               /* the row holds nothing else */
+            m->slot[i] = m->slot[--m->n_slots];
+        }
+    m->be->scratch_bytes = bytes;
+    memory_add(m, "scratch", "corpus.row_length", &m->be->scratch, bytes);
+}
+
+size_t memory_total(const struct memory_plan *m)
+{
+    size_t total = 0;
+    for (int i = 0; i < m->n_rows; i++) total += m->row[i].bytes;
+    return total;
+}
+
+int memory_commit(struct memory_plan *m, size_t limit)
+{
+    size_t total = memory_total(m);
+    int64_t available = m->be->ops->available(m->be);
+    if (!limit || (int64_t)limit > available) limit = (size_t)available;
+    const struct row *largest = &m->row[0];
+    for (int i = 1; i < m->n_rows; i++) if (m->row[i].bytes > largest->bytes) largest = &m->row[i];
+    if (total > limit)
+        return fail(ERR_IO, "device %s: the run needs %.2f GiB and may use %.2f GiB; the largest part is %s with %.2f GiB: make %s smaller",
+                    m->be->name, (double)total / 0x1p30, (double)limit / 0x1p30, largest->name, (double)largest->bytes / 0x1p30, largest->key);
+    for (int i = 0; i < m->n_rows; i++) {
+        if (!m->row[i].bytes) continue;
+        m->row[i].block = m->be->ops->alloc(m->be, m->row[i].bytes);
+        if (!m->row[i].block)
+            return fail(ERR_IO, "device %s: no memory for %s (%.2f GiB); make %s smaller", m->be->name, m->row[i].name, (double)m->row[i].bytes / 0x1p30, m->row[i].key);
+    }
+    for (int i = 0; i < m->n_slots; i++)
+        if (m->slot[i].bytes) *m->slot[i].address = (char *)m->row[m->slot[i].row].block + m->slot[i].offset;
+    m->committed = true;
+    return OK;
+}
+
+void memory_print(const struct memory_plan *m, FILE *f)
+{
+    size_t total = memory_total(m);
+    fprintf(f, "memory on %s\n", m->be->name);
+    for (int i = 0; i < m->n_rows; i++)
+        fprintf(f, "  %-28s %9.3f GiB  %5.1f %%   %s\n", m->row[i].name, (double)m->row[i].bytes / 0x1p30, total ? 100.0 * (double)m->row[i].bytes / (double)total : 0, m->row[i].key);
+    fprintf(f, "  %-28s %9.3f GiB\n", "total", (double)total / 0x1p30);
+}

@@ -1,0 +1,75 @@
+/* The model: forward and hand-written backward of a Llama-style decoder over packed rows, through backend.h.
+ *
+ * Owns the bound parameters, the activations and their recompute policy, the rotary table. Does not own the LM head's product
+ * with the objective (objective.h), the optimizer, or files (load.h). N tokens, C width, F ffn width, W = (Hq+2Hkv) D. */
+#ifndef TRAIN_MODEL_H
+#define TRAIN_MODEL_H
+
+#include "data/loader.h"
+#include "data/model_config.h"
+#include "kernels/backend.h"
+#include "train/memory.h"
+#include "train/params.h"
+
+/* What the backward finds kept from the forward; the rest is computed again from it, bit for bit the same. */
+enum recompute { RECOMPUTE_NONE, RECOMPUTE_SWIGLU_NORM, RECOMPUTE_FFN, RECOMPUTE_BLOCK };
+
+struct layer_acts {
+    act *res_attn;            /* (N, C)  residual stream entering attention */
+    act *norm_attn;           /* (N, C) */
+    act *qkv_raw;             /* (N, W)  before q/k norm; only with q/k norm */
+    act *q, *k, *v;           /* (N, Hq, D), (N, Hkv, D), (N, Hkv, D)  rotated */
+    act *att;                 /* (N, Hq, D) */
+    act *res_mlp;             /* (N, C)  residual stream entering the MLP */
+    act *norm_mlp;            /* (N, C) */
+    act *gate_up;             /* (N, 2F) */
+    act *h;                   /* (N, F) */
+    float *rstd_attn, *rstd_mlp;   /* (N) */
+    float *rstd_qk;           /* (N, Hq+Hkv) */
+    float *lse;               /* N * Hq */
+};
+
+struct kv_cache { act **k, **v; int64_t past, room; };   /* one (room, Hkv, D) each per layer */
+
+struct model_options {
+    int64_t N;                /* positions per pass */
+    int64_t max_doc;          /* longest document = largest position + 1 */
+    int64_t head_rows;        /* rows of logits at a time: the chunk of the LM head */
+    bool train;               /* gradients and activations for a backward */
+    enum recompute recompute;
+    bool cache;               /* generation: a KV cache of max_doc positions instead of packed attention */
+};
+
+struct model {
+    struct backend *be;
+    const struct model_config *c;
+    struct params *params;
+    struct model_options o;
+    act *weights; grad *grads;
+    float *rope_cos, *rope_sin;           /* (max_doc, D/2) */
+    struct layer_acts *acts;              /* [L] */
+    act *qkv, *block_out;                 /* scratch (N, W), (N, C) */
+    act *res_final, *hidden; float *rstd_final;   /* (N, C): the stream into the final norm, and what the head reads */
+    act *d_hidden;                        /* (N, C) gradient of hidden, written by the objective; then the gradient of the residual stream */
+    act *d_norm, *d_att, *dq, *dk, *dv;   /* scratch of the backward */
+    act *logits;                          /* (head_rows, V) */
+    struct kv_cache cache;
+    /* the batch on the device */
+    int32_t *tokens, *labels, *position, *doc_begin; int64_t n, n_docs, longest;
+};
+
+/* Binds a model to a backend and announces its memory; usable after memory_commit() and model_ready(). Borrows `c`. */
+struct model *model_new(struct backend *be, const struct model_config *c, const struct model_options *o, struct memory_plan *plan);
+void model_ready(struct model *m);        /* after the commit: fills the rotary table */
+void model_free(struct model *m);         /* NULL-safe; its memory belongs to the plan */
+size_t model_scratch_bytes(const struct model *m, int k);   /* what ops need for this model with k targets per token */
+
+void model_set_batch(struct model *m, const struct batch *b);   /* upload; b->n <= o.N */
+void model_forward(struct model *m);                            /* batch -> hidden */
+void model_backward(struct model *m);                           /* d_hidden -> grads (+=) */
+/* logits (rows, V) of hidden rows [first, first + rows), rows <= head_rows, into m->logits */
+void model_logits(struct model *m, int64_t first, int64_t rows);
+/* Generation: the next n tokens of the one sequence -> hidden; the cache grows by n. */
+void model_forward_cached(struct model *m, const int32_t *tokens, int64_t n);
+
+#endif
