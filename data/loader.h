@@ -4,6 +4,9 @@
  * Order: epoch e visits the shards in index order when e = 0 (so that a dataset still being written can be followed and
  * gives the same order as a finished one) and in a permuted order later; within a shard the rows are permuted. For a
  * corpus the whole epoch is permuted. A row is never split, and an epoch's last short batch is filled from the next epoch.
+ * Without shuffle: rows as stored, once; the last batch may have fewer rows. An order depends on the manifest alone, not on
+ * what is sealed, so (seed, epoch, cursor) names the same rows while a dataset grows and after.
+ * Targets at temperature T = temperatures[i]: log p_T = (T0 / T) (log p_0 + lse_0) - lse_i, at most 0; as stored when T = T0.
  * A reader thread keeps the next batches ready; the time the step had to wait for it is counted.
  */
 #ifndef DATA_LOADER_H
@@ -30,7 +33,9 @@ struct batch {
     int32_t *head_ids;            /* [N, K] */
     float   *head_logprob;        /* [N, K] log p at the loader's temperature */
     float   *tail_logmass;        /* [N] log(1 - sum of head p), -INFINITY when nothing is left */
-    uint16_t *full_logits;        /* [N, Vv] f16, already divided by T (kind full) */
+    uint16_t *full_logits;        /* [N, Vv] f16 as stored, t / temperatures[0] (kind full) */
+    float    full_scale;          /* full_logits * full_scale = t / T at the loader's temperature: a rescaled f16 would be rounded twice */
+    int64_t full_width;           /* Vv: ids per position in full_logits */
     float   *lse;                 /* [N] log-sum-exp of t/T at the loader's temperature */
     float   *label_logprob;       /* [N] teacher's log p of the label at temperatures[0] */
     int64_t *row_index;           /* [B] which row of the dataset, for messages */
@@ -43,7 +48,7 @@ struct loader_options {
     int64_t batch_rows;           /* rows of one micro-batch */
     uint64_t seed;
     float temperature;            /* must be listed in the manifest, else ERR_MISMATCH naming both */
-    bool follow; double wait_s;   /* wait for shards that are not sealed yet; 0: for ever */
+    bool follow; double wait_s;   /* wait for shards that are not sealed yet, at most wait_s for one (then ERR_LOST); 0: for ever. Without: every shard must be sealed */
     bool shuffle;                 /* false: dataset order, one epoch, for evaluation */
     volatile const int *stop;     /* waiting ends with ERR_STOPPED when *stop becomes nonzero; may be NULL */
 };
@@ -53,10 +58,10 @@ struct loader_state { int64_t epoch, cursor; };   /* rows consumed of this epoch
 int  loader_open_dataset(struct loader **out, struct shard_dataset *d, const struct loader_options *o);   /* borrows d */
 int  loader_open_rows(struct loader **out, const struct corpus_rows *r, const struct loader_options *o);  /* borrows r */
 void loader_close(struct loader *l);              /* joins its thread; NULL-safe */
-/* The next batch, valid until the next call. ERR_INPUT: a broken row. With shuffle off, after the last row *b is NULL. */
+/* The next batch, valid until the next call. ERR_INPUT: a broken row. With shuffle off, after the last row *b is NULL. A failure repeats. */
 int  loader_next(struct loader *l, struct batch **b);
 int64_t loader_rows_per_epoch(const struct loader *l);
-/* Position after the batch last returned. Seek before the first loader_next. */
+/* Position after the batch last returned, whatever was read ahead. Seek before the first loader_next; ERR_MISMATCH: no such position. */
 void loader_tell(const struct loader *l, struct loader_state *s);
 int  loader_seek(struct loader *l, const struct loader_state *s);
 double loader_wait_seconds(const struct loader *l);   /* how long loader_next has blocked in total */

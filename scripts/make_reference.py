@@ -5,17 +5,17 @@
     scripts/make_reference.py --random yarn -o CASE_DIR                  a tiny random model of one of the kinds below
 
 Without STUDENT_DIR the student is the teacher with noise on its weights. The case holds copies of both models in fp32, so
-make it from small models, or with --layers N, which keeps the first N. Everything is computed in fp32 on the CPU, attention "eager".
+make it from small models, or with --layers N, which keeps the first N. Everything is computed in fp32 on the CPU, attention "eager", the losses of the fp32 logits in double.
 Needs torch, transformers and safetensors.
 """
-import argparse, json, pathlib, sys
+import argparse, json, math, pathlib, sys
 
 import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 SMALL = dict(vocab_size=512, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-             max_position_embeddings=512, initializer_range=0.02)
+             max_position_embeddings=512, initializer_range=0.1)
 RANDOM = {
     "qwen2": ("qwen2", {}),
     "qwen2_tied": ("qwen2", dict(tie_word_embeddings=True)),
@@ -58,8 +58,9 @@ def load(path, layers):
 
 
 def kl_losses(student, teacher, mask, T, k):
-    """Every loss as a function of the student's logits; means over mask = 1, times T^2."""
-    lp, lq = (teacher / T).log_softmax(-1), (student / T).log_softmax(-1)
+    """Every loss as a function of the student's logits; means over mask = 1, times T^2. In double: a small KL is a difference of
+    large logarithms, and the reference should not be the one that rounds."""
+    lp, lq = (teacher.double() / T).log_softmax(-1), (student.double() / T).log_softmax(-1)
     p, q = lp.exp(), lq.exp()
     top_lp, top_ids = lp.topk(k, dim=-1)
     top_lq, top_p = lq.gather(-1, top_ids), top_lp.exp()
@@ -69,7 +70,7 @@ def kl_losses(student, teacher, mask, T, k):
         return per_position[mask].mean() * T * T
 
     def jsd(beta):
-        lm = torch.logaddexp(lp + torch.tensor(beta).log(), lq + torch.tensor(1 - beta).log())
+        lm = torch.logaddexp(lp + math.log(beta), lq + math.log(1 - beta))
         return mean(beta * (p * (lp - lm)).sum(-1) + (1 - beta) * (q * (lq - lm)).sum(-1))
 
     losses = {
@@ -125,7 +126,7 @@ def main():
     for kind, loss in losses.items():
         (grad,) = torch.autograd.grad(loss, logits, retain_graph=True)
         tensors["dlogits." + kind] = grad[:1]
-    tensors.update(student_logits=logits.detach(), topk_logprobs=top_lp, topk_ids=top_ids.int())
+    tensors.update(student_logits=logits.detach(), topk_logprobs=top_lp.float(), topk_ids=top_ids.int())
     shifted = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
     adamw = dict(lr=1e-3, betas=[0.9, 0.95], eps=1e-8, weight_decay_2d=0.1, weight_decay_1d=0.0, clip=1.0)

@@ -7,6 +7,7 @@
 #define TRAIN_CONFIG_H
 
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
 
@@ -56,12 +57,14 @@ struct config {
 /* Which keys a command reads: shown by its --help. */
 enum command_id { CMD_TEACHER_DUMP, CMD_TRAIN, CMD_EVAL, CMD_GENERATE, CMD_EXPORT, CMD_BENCH, CMD_TOKENIZER_TRAIN, CMD_CONFIG_COUNT };
 
-/* Defaults only. */
+/* The defaults. */
 struct config *config_new(void);
 void config_free(struct config *c);                      /* NULL-safe */
 /* Reads a YAML file over the values of `c`. ERR_USAGE names file, line, key, the nearest known key, the range; ERR_IO when unreadable. */
 int  config_read_file(struct config *c, const char *path);
-/* "section.key=value", from --set; lists as [a, b] or a,b. */
+/* The same from memory; `name` stands for the file in messages. */
+int  config_read_text(struct config *c, const char *text, size_t bytes, const char *name);
+/* "section.key=value", from --set; a text is taken as it is ('' is the empty one), lists are a,b or YAML's [a, b]. */
 int  config_set(struct config *c, const char *assignment);
 /* The whole configuration with comments, replayable as it is; written with file_replace(). */
 int  config_write(const struct config *c, const char *path);

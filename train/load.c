@@ -1,6 +1,8 @@
 /* See load.h. */
 #include "train/load.h"
 
+#include <string.h>
+
 #include "base/error.h"
 #include "base/file.h"
 
@@ -34,6 +36,19 @@ int64_t valid_vocab(const struct model_config *c, const struct tokenizer *t)
 {
     int64_t defined = t ? tokenizer_vocab_size(t) : c->vocab_size;
     return defined < c->vocab_size ? defined : c->vocab_size;
+}
+
+struct corpus_options corpus_options_of(const struct config *c)
+{
+    static const struct { const char *name; enum corpus_format value; } formats[] = {{"auto", CORPUS_AUTO}, {"text", CORPUS_TEXT}, {"jsonl", CORPUS_JSONL}, {"ids", CORPUS_IDS}};
+    static const struct { const char *name; enum corpus_document value; } documents[] = {{"file", DOCUMENT_FILE}, {"line", DOCUMENT_LINE}, {"paragraph", DOCUMENT_PARAGRAPH}};
+    struct corpus_options o = {.files = (const char *const *)c->corpus_files.item, .n_files = c->corpus_files.n, .text_field = c->corpus_text_field, .ids_field = c->corpus_ids_field,
+                               .mask_field = c->corpus_mask_field, .row_length = c->corpus_row_length, .append_eos = c->corpus_append_eos, .prepend_bos = c->corpus_prepend_bos,
+                               .heldout_fraction = c->corpus_heldout_fraction, .shuffle_seed = (uint64_t)c->run_seed, .shuffle = c->corpus_shuffle, .max_rows = c->corpus_max_rows,
+                               .max_document_tokens = c->corpus_max_document_tokens};
+    for (size_t i = 0; i < sizeof formats / sizeof *formats; i++) if (!strcmp(c->corpus_format, formats[i].name)) o.format = formats[i].value;
+    for (size_t i = 0; i < sizeof documents / sizeof *documents; i++) if (!strcmp(c->corpus_document, documents[i].name)) o.document = documents[i].value;
+    return o;
 }
 
 int copy_tokenizer_files(const char *from, const char *to)

@@ -2,9 +2,11 @@
 #ifndef TRAIN_LOAD_H
 #define TRAIN_LOAD_H
 
+#include "data/corpus.h"
 #include "data/model_config.h"
 #include "data/safetensors.h"
 #include "data/tokenizer.h"
+#include "train/config.h"
 #include "train/model.h"
 
 struct model_files {
@@ -21,6 +23,9 @@ int  model_files_load(const struct model_files *f, struct model *m);
 
 /* ids that take part in a softmax: those the tokenizer defines and the head has; the whole head without a tokenizer. */
 int64_t valid_vocab(const struct model_config *c, const struct tokenizer *t);
+
+/* The corpus.* keys as corpus.h wants them; points into `c`. */
+struct corpus_options corpus_options_of(const struct config *c);
 
 /* Files beside the weights that an inference engine reads: tokenizer.json, tokenizer_config.json, generation_config.json, ...;
  * those that `from` has are copied to `to`. */

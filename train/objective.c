@@ -51,7 +51,7 @@ void objective_run(struct objective *o, const struct batch *b, double step_targe
         int64_t rows = m->n - first < m->o.head_rows ? m->n - first : m->o.head_rows;
         act *hidden = (act *)((char *)m->hidden + (size_t)first * act_bytes), *d_hidden = (act *)((char *)m->d_hidden + (size_t)first * act_bytes);
         struct distill_targets t = {.labels = m->labels + first, .kind = o->kind, .K = o->k, .head_ids = o->head_ids, .head_logprob = o->head_logprob,
-                                    .tail_logmass = o->tail_logmass, .full = o->full, .full_dtype = DTYPE_F16, .full_stride = o->Vv, .full_scale = o->full_scale};
+                                    .tail_logmass = o->tail_logmass, .full = o->full, .full_dtype = DTYPE_F16, .full_stride = o->Vv, .full_scale = o->teacher ? o->full_scale : b->full_scale};
         if (o->teacher) {
             t.full = (const char *)o->teacher + (size_t)(first * o->teacher_stride) * dtype_width(o->teacher_dtype);
             t.full_dtype = o->teacher_dtype;

@@ -11,7 +11,7 @@ struct objective {
     struct distill_args args;
     int64_t Vv;                    /* valid ids: columns past them are masked on both sides */
     enum target_kind kind; int k; float full_scale;
-    /* TARGET_FULL from a teacher on the same device: its logits [N, teacher_stride], instead of the batch's stored ones. full_scale times them is t / T. */
+    /* TARGET_FULL from a teacher on the same device: its logits [N, teacher_stride], instead of the batch's stored ones; full_scale times them is t / T. */
     const void *teacher; enum dtype teacher_dtype; int64_t teacher_stride;
     /* device: one chunk of targets, and the sums */
     int32_t *head_ids; float *head_logprob, *tail_logmass; uint16_t *full;

@@ -1,0 +1,275 @@
+/* See checkpoint.h. */
+#include "train/checkpoint.h"
+
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "base/error.h"
+#include "base/failpoint.h"
+#include "base/file.h"
+#include "base/json.h"
+#include "train/load.h"
+
+static const char PREFIX[] = "step-", TEMPORARY[] = ".tmp-step-";
+
+/* ---- writing ---- */
+
+struct dump { const struct model *m; const char *base; size_t width; };   /* a flat device array and its element size */
+
+struct spec_list { struct tensor_spec *spec; int n, room; const char *prefix; enum dtype dtype; };
+
+static int add_spec(void *context, const char *name, int n_dims, const int64_t *shape, int64_t offset)
+{
+    struct spec_list *l = context;
+    if (l->n == l->room) l->spec = xrealloc(l->spec, (size_t)(l->room = l->room ? 2 * l->room : 64) * sizeof *l->spec);
+    struct tensor_spec *s = &l->spec[l->n++];
+    *s = (struct tensor_spec){.name = xasprintf("%s%s", l->prefix, name), .dtype = l->dtype, .n_dims = n_dims, .user = (void *)(intptr_t)offset};
+    memcpy(s->shape, shape, (size_t)n_dims * sizeof *shape);
+    return OK;
+}
+
+static void free_specs(struct spec_list *l)
+{
+    for (int i = 0; i < l->n; i++) free((char *)l->spec[i].name);
+    free(l->spec);
+}
+
+static int fill_from_device(void *context, const struct tensor_spec *spec, size_t offset, size_t bytes, void *out)
+{
+    const struct dump *d = context;
+    /* "exp_avg_sq." selects the second array; weights have no prefix */
+    const char *base = strncmp(spec->name, "exp_avg_sq.", 11) ? d[0].base : d[1].base;
+    d->m->be->ops->download(d->m->be, out, base + (size_t)(intptr_t)spec->user * d->width + offset, bytes);
+    return OK;
+}
+
+static int write_weights(const char *dir, const struct model *m)
+{
+    struct spec_list list = {.prefix = "", .dtype = m->be->act_dtype};
+    struct dump d = {m, (const char *)m->weights, dtype_width(m->be->act_dtype)};
+    params_each(m->params, add_spec, &list);
+    int rc = safetensors_write_dir(dir, list.spec, list.n, 0, fill_from_device, &d);
+    free_specs(&list);
+    return rc;
+}
+
+static int write_moments(const char *dir, const struct optimizer *o)
+{
+    const struct model *m = o->model;
+    struct spec_list list = {.prefix = "exp_avg.", .dtype = m->be->moment_dtype};
+    struct dump d[2] = {{m, (const char *)o->m, dtype_width(m->be->moment_dtype)}, {m, (const char *)o->v, dtype_width(m->be->moment_dtype)}};
+    char *path = path_join(dir, "optimizer.safetensors");
+    params_each(m->params, add_spec, &list);
+    list.prefix = "exp_avg_sq.";
+    params_each(m->params, add_spec, &list);
+    int rc = safetensors_write(path, list.spec, list.n, NULL, fill_from_device, d);
+    free_specs(&list);
+    free(path);
+    return rc;
+}
+
+static int write_json(const char *dir, const char *name, json_t *value)
+{
+    char *path = path_join(dir, name);
+    int rc = json_write_file(path, value);
+    free(path);
+    json_decref(value);
+    return rc;
+}
+
+static int write_file_list(const char *dir)
+{
+    int rc = OK, n = 0;
+    char **names = NULL;
+    json_t *files = json_object();
+    TRY(dir_list(dir, &names, &n));
+    for (int i = 0; i < n; i++) {
+        char hex[SHA256_HEX], *path = path_join(dir, names[i]);
+        rc = sha256_of_file(path, hex);
+        free(path);
+        if (rc != OK) goto out;
+        json_object_set_new(files, names[i], json_string(hex));
+    }
+    rc = write_json(dir, "files.json", files);
+    files = NULL;
+out:
+    json_decref(files);
+    names_free(names, n);
+    return rc;
+}
+
+static int write_all(const char *dir, const struct model *m, const struct optimizer *o, const struct train_state *s, const struct config *config, const char *tokenizer_dir)
+{
+    static const char *const type_name[DTYPE_COUNT] = {[DTYPE_F32] = "float32", [DTYPE_BF16] = "bfloat16", [DTYPE_F16] = "float16"};
+    int rc = OK;
+    char *yaml = path_join(dir, "run.yaml");
+    TRY(dir_make(dir));
+    TRY(write_json(dir, "config.json", model_config_to_json(m->c, type_name[m->be->act_dtype])));
+    if (tokenizer_dir) TRY(copy_tokenizer_files(tokenizer_dir, dir));
+    TRY(write_weights(dir, m));
+    TRY(write_moments(dir, o));
+    TRY(config_write(config, yaml));
+    TRY(write_json(dir, "state.json", json_pack("{s:I, s:I, s:I, s:I, s:I, s:s, s:s}", "step", (json_int_t)s->step, "epoch", (json_int_t)s->loader.epoch,
+                                                "cursor", (json_int_t)s->loader.cursor, "tokens", (json_int_t)s->tokens, "targets", (json_int_t)s->targets,
+                                                "data_id", s->data_id, "device", m->be->name)));
+    TRY(write_file_list(dir));
+    TRY(file_sync_dir(dir));
+out:
+    free(yaml);
+    return rc;
+}
+
+/* ---- the directory of checkpoints ---- */
+
+static char *checkpoints_dir(const char *run_dir) { return path_join(run_dir, "checkpoints"); }
+
+/* Removes what dead writers left and all but the newest `keep`. Names sort by step. */
+static int prune(const char *dir, int64_t keep)
+{
+    int rc = OK, n = 0;
+    int64_t kept = 0;
+    char **names = NULL;
+    TRY(dir_list(dir, &names, &n));
+    for (int i = n - 1; i >= 0; i--) {
+        bool step = !strncmp(names[i], PREFIX, sizeof PREFIX - 1), temporary = !strncmp(names[i], TEMPORARY, sizeof TEMPORARY - 1);
+        if (!temporary && !(step && ++kept > keep)) continue;
+        char *path = path_join(dir, names[i]);
+        rc = dir_remove_tree(path);
+        free(path);
+        if (rc != OK) break;
+    }
+out:
+    names_free(names, n);
+    return rc;
+}
+
+int checkpoint_save(const char *run_dir, const struct model *m, const struct optimizer *o, const struct train_state *s, const struct config *config,
+                    const char *tokenizer_dir, int64_t keep)
+{
+    int rc = OK;
+    char *dir = checkpoints_dir(run_dir), *temporary = xasprintf("%s/%s%08lld", dir, TEMPORARY, (long long)s->step);
+    char *final = xasprintf("%s/%s%08lld", dir, PREFIX, (long long)s->step);
+    TRY(dir_make(dir));
+    TRY(dir_remove_tree(temporary));
+    TRY(write_all(temporary, m, o, s, config, tokenizer_dir));
+    TRY(FAILPOINT("checkpoint.before_rename"));
+    TRY(dir_remove_tree(final));                     /* a broken one of the same step, which the load has passed over */
+    if (rename(temporary, final)) { rc = fail_errno(ERR_IO, "%s: cannot rename to %s", temporary, final); goto out; }
+    TRY(FAILPOINT("checkpoint.after_rename"));
+    TRY(file_sync_dir(dir));
+    TRY(prune(dir, keep));
+out:
+    if (rc != OK) fail_in(rc, "checkpoint of step %lld", (long long)s->step);
+    free(dir);
+    free(temporary);
+    free(final);
+    return rc;
+}
+
+static int verify(const char *dir)
+{
+    int rc = OK;
+    char *list = path_join(dir, "files.json");
+    json_t *files = NULL, *value;
+    const char *name;
+    TRY(json_read_file(list, 1 << 20, &files));
+    if (!json_is_object(files) || !json_object_get(files, "model.safetensors")) { rc = fail(ERR_INPUT, "%s: is not a list of files", list); goto out; }
+    json_object_foreach(files, name, value) {
+        char hex[SHA256_HEX], *path = path_join(dir, name);
+        rc = strchr(name, '/') || !json_is_string(value) ? fail(ERR_INPUT, "%s: entry %s is not a file name with a hash", list, name) : sha256_of_file(path, hex);
+        if (rc == OK && strcmp(hex, json_string_value(value))) rc = fail(ERR_INPUT, "%s: SHA-256 differs from files.json", path);
+        free(path);
+        if (rc != OK) goto out;
+    }
+out:
+    json_decref(files);
+    free(list);
+    return rc;
+}
+
+int checkpoint_find(const char *run_dir, char **path)
+{
+    int rc = OK, n = 0;
+    char *dir = checkpoints_dir(run_dir), **names = NULL;
+    *path = NULL;
+    if (!path_is_dir(dir)) goto out;
+    TRY(dir_list(dir, &names, &n));
+    for (int i = n - 1; i >= 0 && !*path; i--) {
+        if (strncmp(names[i], PREFIX, sizeof PREFIX - 1)) continue;
+        char *candidate = path_join(dir, names[i]);
+        if (verify(candidate) == OK) *path = candidate;
+        else {
+            warn("checkpoint %s is broken (%s); falling back to the one before it", candidate, fail_message());
+            free(candidate);
+        }
+    }
+out:
+    names_free(names, n);
+    free(dir);
+    return rc;
+}
+
+int checkpoint_or(const char *given, const char *run_dir, const char *key, char **path)
+{
+    if (given && *given) { *path = xstrdup(given); return OK; }
+    int rc = checkpoint_find(run_dir, path);
+    if (rc == OK && !*path) rc = fail(ERR_USAGE, "%s is not set and %s has no checkpoint; name a model directory or train first", key, run_dir);
+    return rc;
+}
+
+/* ---- reading ---- */
+
+struct moment_context { const struct tensor_set *set; struct backend *be; char *m, *v; const char *path; };
+
+static int load_moment(void *context, const char *name, int n_dims, const int64_t *shape, int64_t offset)
+{
+    struct moment_context *x = context;
+    size_t width = dtype_width(x->be->moment_dtype);
+    for (int second = 0; second < 2; second++) {
+        char key[160];
+        snprintf(key, sizeof key, "%s%s", second ? "exp_avg_sq." : "exp_avg.", name);
+        const struct tensor_view *v = tensor_set_find(x->set, key);
+        int64_t count = shape[0] * (n_dims == 2 ? shape[1] : 1);
+        if (!v || v->count != count || v->dtype != x->be->moment_dtype)
+            return fail(ERR_MISMATCH, "%s: %s does not fit this run's optimizer; resume with the model and device the checkpoint was made with", x->path, key);
+        x->be->ops->upload(x->be, (second ? x->v : x->m) + (size_t)offset * width, v->data, v->bytes);
+    }
+    return OK;
+}
+
+int checkpoint_load(const char *path, struct model *m, struct optimizer *o, struct train_state *s)
+{
+    int rc = OK;
+    char *state_path = path_join(path, "state.json"), *moments = path_join(path, "optimizer.safetensors");
+    struct model_files *files = NULL;
+    struct tensor_set *set = NULL;
+    json_t *state = NULL;
+    const char *data_id;
+    TRY(model_files_open(&files, path));
+    char have[SHA256_HEX], want[SHA256_HEX];
+    model_config_hash(files->config, have);
+    model_config_hash(m->c, want);
+    if (strcmp(have, want)) { rc = fail(ERR_MISMATCH, "%s: config.json differs from this run's student; resume with the configuration the run was started with", path); goto out; }
+    TRY(model_files_load(files, m));
+    TRY(tensor_set_open(&set, moments));
+    struct moment_context x = {set, m->be, (char *)o->m, (char *)o->v, moments};
+    TRY(params_each(m->params, load_moment, &x));
+    m->be->ops->sync(m->be);
+    TRY(json_read_file(state_path, 1 << 20, &state));
+    TRY(json_get_int(state, "step", state_path, -1, &s->step));
+    TRY(json_get_int(state, "epoch", state_path, -1, &s->loader.epoch));
+    TRY(json_get_int(state, "cursor", state_path, -1, &s->loader.cursor));
+    TRY(json_get_int(state, "tokens", state_path, 0, &s->tokens));
+    TRY(json_get_int(state, "targets", state_path, 0, &s->targets));
+    TRY(json_get_string(state, "data_id", state_path, "", &data_id));
+    if (s->step < 0 || s->loader.epoch < 0 || s->loader.cursor < 0 || strlen(data_id) >= sizeof s->data_id) { rc = fail(ERR_INPUT, "%s: step, epoch, cursor or data_id is missing", state_path); goto out; }
+    strcpy(s->data_id, data_id);
+out:
+    model_files_close(files);
+    tensor_set_close(set);
+    json_decref(state);
+    free(state_path);
+    free(moments);
+    return rc;
+}

@@ -1,0 +1,35 @@
+/* Checkpoints: run.dir/checkpoints/step-NNNNNNNN, a model directory that every other tool loads as it is, and beside the weights
+ *
+ *     optimizer.safetensors    exp_avg.<name>, exp_avg_sq.<name>, in the moments' own type
+ *     state.json               step, loader position, tokens seen, dataset id, device type
+ *     run.yaml                 the resolved configuration
+ *     files.json               SHA-256 of every other file
+ *
+ * Written under a temporary name, synced, renamed: a name that exists is complete. Hashes are verified before anything is used; a broken
+ * checkpoint falls back to the one before it and says so. */
+#ifndef TRAIN_CHECKPOINT_H
+#define TRAIN_CHECKPOINT_H
+
+#include "base/hash.h"
+#include "data/loader.h"
+#include "train/config.h"
+#include "train/optimizer.h"
+
+struct train_state {
+    int64_t step;                        /* optimizer steps done */
+    struct loader_state loader;
+    int64_t tokens, targets;             /* seen so far */
+    char data_id[SHA256_HEX];            /* dataset id or corpus hash */
+};
+
+/* `tokenizer_dir` NULL: none to copy. Keeps the newest `keep` (>= 1) checkpoints afterwards; leftovers of dead writers are removed. */
+int checkpoint_save(const char *run_dir, const struct model *m, const struct optimizer *o, const struct train_state *s, const struct config *config,
+                    const char *tokenizer_dir, int64_t keep);
+/* Newest checkpoint whose files verify; *path malloc'd, NULL when there is none. */
+int checkpoint_find(const char *run_dir, char **path);
+/* Weights, moments and state. ERR_MISMATCH when it belongs to another architecture. */
+int checkpoint_load(const char *path, struct model *m, struct optimizer *o, struct train_state *s);
+/* What eval, generate and export take: `given` if not empty, else the run's newest checkpoint. malloc'd. ERR_USAGE when there is neither. */
+int checkpoint_or(const char *given, const char *run_dir, const char *key, char **path);
+
+#endif

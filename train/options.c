@@ -1,0 +1,202 @@
+/* THE table of configuration keys: name, type, default, range, help and the commands that read it.
+ * Also what is printed from it alone: a command's --help and the Markdown reference. It reads and stores no value (config.c does).
+ * A new key is one row here and one member of struct config. */
+#include "train/options.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/error.h"
+#include "data/shard.h"
+
+/* commands, one letter each, so that a row stays a row */
+enum { D = 1 << CMD_TEACHER_DUMP, T = 1 << CMD_TRAIN, E = 1 << CMD_EVAL, G = 1 << CMD_GENERATE, X = 1 << CMD_EXPORT, B = 1 << CMD_BENCH, V = 1 << CMD_TOKENIZER_TRAIN };
+
+#define EXACT_MAX 9007199254740992.0   /* 2^53: every whole number up to it is a double, so JSON and YAML readers keep it */
+#define MANY 1e12                      /* more rows, steps or tokens than any run has */
+
+#define TEXT(name, member, value, commands, help)            {name, OPTION_TEXT, offsetof(struct config, member), value, 0, 0, false, false, NULL, NULL, commands, help}
+#define TEXTS(name, member, value, commands, help)           {name, OPTION_TEXTS, offsetof(struct config, member), value, 0, 0, false, false, NULL, NULL, commands, help}
+#define SWITCH(name, member, value, commands, help)          {name, OPTION_SWITCH, offsetof(struct config, member), value, 0, 0, false, false, NULL, NULL, commands, help}
+#define WHOLE(name, member, value, low, high, commands, help) {name, OPTION_WHOLE, offsetof(struct config, member), value, low, high, false, false, NULL, NULL, commands, help}
+#define REAL(name, member, value, low, high, commands, help)  {name, OPTION_REAL, offsetof(struct config, member), value, low, high, false, false, NULL, NULL, commands, help}
+#define ABOVE(name, member, value, low, high, commands, help) {name, OPTION_REAL, offsetof(struct config, member), value, low, high, true, false, NULL, NULL, commands, help}
+#define BELOW(name, member, value, low, high, commands, help) {name, OPTION_REAL, offsetof(struct config, member), value, low, high, false, true, NULL, NULL, commands, help}
+#define INSIDE(name, member, value, low, high, commands, help) {name, OPTION_REAL, offsetof(struct config, member), value, low, high, true, true, NULL, NULL, commands, help}
+#define REALS(name, member, value, low, high, commands, help) {name, OPTION_REALS, offsetof(struct config, member), value, low, high, false, false, NULL, NULL, commands, help}
+#define CHOICE(name, member, value, choices, coming, commands, help) {name, OPTION_CHOICE, offsetof(struct config, member), value, 0, 0, false, false, choices, coming, commands, help}
+
+const struct option options[] = {
+    TEXT  ("run.dir", run_dir, "run", T | E | G | X, "directory of this run: checkpoints, metrics, the resolved configuration"),
+    CHOICE("run.device", run_device, "cpu", "cpu|cuda", NULL, D | T | E | G | X | B, "where the arithmetic runs"),
+    WHOLE ("run.threads", run_threads, "0", 0, 4096, D | T | E | G | X | B | V, "CPU threads; 0: all cores"),
+    WHOLE ("run.seed", run_seed, "1", 0, EXACT_MAX, D | T | E | B, "seed of everything random: order of documents and rows, initial weights"),
+    SWITCH("run.resume", run_resume, "false", T, "go on from the last checkpoint in run.dir, as --resume does"),
+
+    TEXT  ("teacher.path", teacher_path, "", D | T | E | B, "Hugging Face directory of the teacher"),
+
+    CHOICE("student.init", student_init, "hf", "hf|checkpoint|scratch|teacher", NULL, T,
+           "first weights: a Hugging Face directory, a checkpoint, random by student.config, or layers of the teacher"),
+    TEXT  ("student.path", student_path, "", T | B, "the directory for student.init hf and checkpoint"),
+    TEXT  ("student.config", student_config, "", T | B, "config.json of the student for student.init scratch"),
+    WHOLE ("student.keep_every", student_keep_every, "2", 1, 1000, T, "student.init teacher: keep every n-th layer"),
+
+    TEXT  ("tokenizer.path", tokenizer_path, "", D | T | E | G | X | V, "tokenizer.json or its directory; empty: the model's own (tokenizer-train: where to write it)"),
+    WHOLE ("tokenizer.vocab_size", tokenizer_vocab_size, "4096", 257, 262144, V, "tokens of a new tokenizer, special tokens included"),
+
+    TEXTS ("corpus.files", corpus_files, "", D | T | E | V, "list of paths, globs and directories (searched for *.txt *.md *.jsonl)"),
+    CHOICE("corpus.format", corpus_format, "auto", "auto|text|jsonl|ids", NULL, D | T | E | V, "auto: .jsonl and .json by their fields, everything else is text"),
+    CHOICE("corpus.document", corpus_document, "file", "file|line|paragraph", NULL, D | T | E | V, "what one document of a text file is; blank lines part paragraphs"),
+    TEXT  ("corpus.text_field", corpus_text_field, "text", D | T | E | V, "JSONL: the field that holds the text"),
+    TEXT  ("corpus.ids_field", corpus_ids_field, "ids", D | T | E, "JSONL: the field that holds token ids"),
+    TEXT  ("corpus.mask_field", corpus_mask_field, "mask", D | T | E, "JSONL with ids: the optional field that marks the tokens to learn with 1"),
+    WHOLE ("corpus.row_length", corpus_row_length, "512", 2, 65535, D | T | E | B, "tokens of a row; documents fill rows end to end"),
+    SWITCH("corpus.append_eos", corpus_append_eos, "true", D | T | E, "end every text with the tokenizer's end-of-text token, which is learnt"),
+    SWITCH("corpus.prepend_bos", corpus_prepend_bos, "false", D | T | E, "begin every text with the tokenizer's begin-of-text token"),
+    REAL  ("corpus.heldout_fraction", corpus_heldout_fraction, "0.02", 0, 0.5, D | T | E, "share of the documents kept for evaluation, chosen by a hash of their content"),
+    SWITCH("corpus.shuffle", corpus_shuffle, "true", D | T | E, "shuffle documents (by run.seed) before they are packed"),
+    WHOLE ("corpus.max_rows", corpus_max_rows, "0", 0, MANY, D | T | E, "use at most this many rows; 0: all"),
+    WHOLE ("corpus.max_document_tokens", corpus_max_document_tokens, "0", 0, MANY, D | T | E, "cut longer documents; 0: never"),
+
+    TEXT  ("shards.path", shards_path, "logits", D | T | E, "directory of the teacher's logits, written by teacher-dump and read by train"),
+    TEXT  ("shards.heldout_path", shards_heldout_path, "", D | T | E, "the same for held-out rows; empty: shards.path with -heldout added"),
+    CHOICE("shards.kind", shards_kind, "topk", "topk|full", "hybrid|sampled", D | B, "what is stored per position: the K best, or all logits (hybrid and sampled are coming)"),
+    WHOLE ("shards.k", shards_k, "64", 1, SHARD_MAX_K, D | B, "topk: how many of the teacher's best tokens are stored"),
+    REALS ("shards.temperatures", shards_temperatures, "1.0", 0.01, 100, D | B, "temperatures a student may train at; log-probabilities are stored at the first"),
+    WHOLE ("shards.rows_per_shard", shards_rows_per_shard, "64", 1, 1e6, D, "rows of one shard file"),
+    SWITCH("shards.follow", shards_follow, "false", T, "train while the dump is still running: wait for shards that are not there yet"),
+    REAL  ("shards.wait_s", shards_wait_s, "0", 0, 1e9, T, "shards.follow: give up after this many seconds without a new shard; 0: never"),
+
+    WHOLE ("dump.batch_rows", dump_batch_rows, "4", 1, 65536, D | B, "rows of one forward pass of the teacher"),
+    WHOLE ("dump.chunk_tokens", dump_chunk_tokens, "512", 1, 1048576, D | B, "positions whose logits exist at one time"),
+
+    CHOICE("objective.divergence", objective_divergence, "forward_kl", "forward_kl|reverse_kl|jsd|skew_kl|tvd", NULL, T | B, "distance from teacher to student"),
+    CHOICE("objective.tail", objective_tail, "bucket", "bucket|renormalise|drop", NULL, T | B, "teacher mass outside the K: one extra outcome, spread over the K (biased), dropped (biased)"),
+    INSIDE("objective.beta", objective_beta, "0.5", 0, 1, T, "jsd: weight of the teacher in the mixture"),
+    BELOW ("objective.alpha", objective_alpha, "0.1", 0, 1, T, "skew_kl: share of the teacher in the mixture; 0 is forward_kl"),
+    REAL  ("objective.temperature", objective_temperature, "1", 0.01, 100, T | B, "T: both models' logits are divided by it, the loss is multiplied by T^2; must be among shards.temperatures"),
+    REAL  ("objective.kd_weight", objective_kd_weight, "1", 0, 1e6, T, "weight of the teacher's term"),
+    REAL  ("objective.ce_weight", objective_ce_weight, "0", 0, 1e6, T, "weight of cross entropy with the text itself"),
+
+    ABOVE ("optimizer.lr", optimizer_lr, "3e-4", 0, 10, T, "peak learning rate of AdamW"),
+    BELOW ("optimizer.beta1", optimizer_beta1, "0.9", 0, 1, T, "decay of the mean of gradients"),
+    BELOW ("optimizer.beta2", optimizer_beta2, "0.95", 0, 1, T, "decay of the mean of squared gradients"),
+    ABOVE ("optimizer.eps", optimizer_eps, "1e-8", 0, 1, T, "added to the root of the mean of squares"),
+    REAL  ("optimizer.weight_decay", optimizer_weight_decay, "0.1", 0, 10, T, "decoupled decay of every matrix (embeddings included) and of no vector"),
+    REAL  ("optimizer.clip", optimizer_clip, "1.0", 0, 1e6, T, "largest global norm of the gradient; 0: no clipping"),
+
+    CHOICE("schedule.kind", schedule_kind, "cosine", "cosine|linear|constant|wsd", NULL, T, "learning rate after warm-up; wsd: constant, then linear over the last part"),
+    WHOLE ("schedule.warmup_steps", schedule_warmup_steps, "0", 0, MANY, T, "steps over which the learning rate rises to optimizer.lr"),
+    REAL  ("schedule.final_ratio", schedule_final_ratio, "0.1", 0, 1, T, "learning rate of the last step as a share of optimizer.lr"),
+    ABOVE ("schedule.decay_fraction", schedule_decay_fraction, "0.2", 0, 1, T, "wsd: share of the steps in which the learning rate falls"),
+
+    CHOICE("train.source", train_source, "shards", "shards|corpus", NULL, T, "learn from the teacher's logits, or (corpus) from hard labels of the text, without a teacher"),
+    WHOLE ("train.steps", train_steps, "0", 0, MANY, T, "optimizer steps; 0: as many as train.epochs needs"),
+    ABOVE ("train.epochs", train_epochs, "1", 0, 1e6, T, "passes over the rows when train.steps is 0"),
+    WHOLE ("train.batch_rows", train_batch_rows, "16", 1, 1048576, T | B, "rows of one optimizer step"),
+    WHOLE ("train.micro_rows", train_micro_rows, "4", 1, 65536, T | B, "rows of one forward and backward pass; gradients accumulate over batch_rows / micro_rows of them"),
+    WHOLE ("train.chunk_tokens", train_chunk_tokens, "1024", 1, 1048576, T | E | B, "positions whose logits exist at one time"),
+    CHOICE("train.recompute", train_recompute, "none", "none|swiglu_norm|ffn|block", NULL, T | B, "activations computed again in backward to save memory; the result is the same to the bit"),
+    WHOLE ("train.eval_every", train_eval_every, "0", 0, MANY, T, "steps between evaluations on held-out rows; 0: none"),
+    WHOLE ("train.checkpoint_every", train_checkpoint_every, "0", 0, MANY, T, "steps between checkpoints; 0: only at the end"),
+    WHOLE ("train.keep_checkpoints", train_keep_checkpoints, "2", 1, 1e6, T, "older checkpoints are removed"),
+    WHOLE ("train.log_every", train_log_every, "1", 1, MANY, T, "steps between lines of metrics.jsonl"),
+
+    REAL  ("memory.limit_gib", memory_limit_gib, "0", 0, 1e6, D | T | E | B, "most memory the plan may take; 0: what the machine has"),
+
+    TEXT  ("eval.model", eval_model, "", E, "model to evaluate; empty: the run's last checkpoint"),
+    TEXT  ("eval.json", eval_json, "", E, "also write the result to this file; empty: no"),
+    WHOLE ("eval.max_rows", eval_max_rows, "0", 0, MANY, T | E, "evaluate on at most this many held-out rows; 0: all"),
+    WHOLE ("eval.batch_rows", eval_batch_rows, "4", 1, 65536, T | E, "rows of one forward pass"),
+
+    TEXT  ("generate.model", generate_model, "", G, "model that writes; empty: the run's last checkpoint"),
+    TEXT  ("generate.prompt", generate_prompt, "", G, "text to go on from, used as it is"),
+    WHOLE ("generate.max_tokens", generate_max_tokens, "64", 1, 1048576, G, "most tokens to write"),
+    WHOLE ("generate.seed", generate_seed, "1", 0, EXACT_MAX, G, "seed of sampling"),
+    REAL  ("generate.temperature", generate_temperature, "0", 0, 100, G, "0: always the most likely token"),
+    ABOVE ("generate.top_p", generate_top_p, "1", 0, 1, G, "sample from the smallest set of tokens that holds this much probability"),
+
+    TEXT  ("export.model", export_model, "", X, "model to export; empty: the run's last checkpoint"),
+    TEXT  ("export.path", export_path, "", X, "where to write: a directory for safetensors, a file for gguf"),
+    CHOICE("export.format", export_format, "safetensors", "safetensors|gguf", NULL, X, "file format"),
+    CHOICE("export.dtype", export_dtype, "f32", "f32|f16|bf16|q8_0", NULL, X, "type of the weights; q8_0 in gguf only"),
+    WHOLE ("export.max_file_mib", export_max_file_mib, "5000", 1, 1e9, X, "safetensors: larger models are split into files of this size"),
+
+    WHOLE ("bench.steps", bench_steps, "20", 1, 1e6, B, "run at least this many steps"),
+    REAL  ("bench.seconds", bench_seconds, "20", 0, 86400, B, "and at least this long"),
+};
+const int option_count = sizeof options / sizeof *options;
+
+bool option_lists(const char *choices, const char *text)
+{
+    size_t n = strlen(text);
+    for (const char *c = choices; c; c = strchr(c, '|') ? strchr(c, '|') + 1 : NULL)
+        if (strcspn(c, "|") == n && !strncmp(c, text, n)) return true;
+    return false;
+}
+
+char *option_range(const struct option *o)
+{
+    switch (o->type) {
+    case OPTION_TEXT:   return xstrdup("text");
+    case OPTION_TEXTS:  return xstrdup("list of texts");
+    case OPTION_SWITCH: return xstrdup("true|false");
+    case OPTION_CHOICE: return xstrdup(o->choices);
+    case OPTION_WHOLE:  return xasprintf("%.0f to %.0f", o->low, o->high);
+    case OPTION_REALS:  return xasprintf("1 to %d of %.15g to %.15g", OPTION_MAX_ITEMS, o->low, o->high);
+    case OPTION_REAL:   break;
+    }
+    return xasprintf("%s%.15g %s %.15g", o->above ? "above " : "", o->low, o->below ? "to below" : "to", o->high);
+}
+
+static size_t section_length(const struct option *o) { return (size_t)(strchr(o->key, '.') - o->key); }
+
+static bool begins_section(const struct option *o, const struct option *previous)
+{
+    return !previous || section_length(previous) != section_length(o) || strncmp(previous->key, o->key, section_length(o));
+}
+
+static const char *shown_default(const struct option *o) { return *o->fallback ? o->fallback : "-"; }
+
+/* Words of `text` from column `indent` on, broken before column 100. */
+static void print_wrapped(FILE *f, const char *text, int indent)
+{
+    int column = indent;
+    for (const char *word = text; *word;) {
+        int n = (int)strcspn(word, " ");
+        if (column > indent && column + 1 + n > 99) { fprintf(f, "\n%*s", indent, ""); column = indent; }
+        column += fprintf(f, "%s%.*s", column > indent ? " " : "", n, word);
+        word += n + strspn(word + n, " ");
+    }
+    fputc('\n', f);
+}
+
+void config_print_help(FILE *f, enum command_id command)
+{
+    int widest = 0;
+    for (int i = 0; i < option_count; i++) if (options[i].commands >> command & 1 && (int)strlen(options[i].key) > widest) widest = (int)strlen(options[i].key);
+    fprintf(f, "  %-*s  %-11s  what it does (what it accepts)\n", widest, "key", "default");
+    for (int i = 0; i < option_count; i++) {
+        const struct option *o = &options[i];
+        if (!(o->commands >> command & 1)) continue;
+        char *range = option_range(o), *text = o->type == OPTION_TEXT ? xstrdup(o->help) : xasprintf("%s (%s)", o->help, range);
+        fprintf(f, "  %-*s  %-11s  ", widest, o->key, shown_default(o));
+        print_wrapped(f, text, 2 + widest + 2 + 11 + 2);
+        free(text);
+        free(range);
+    }
+}
+
+void config_print_markdown(FILE *f)
+{
+    for (int i = 0; i < option_count; i++) {
+        const struct option *o = &options[i];
+        if (begins_section(o, i ? o - 1 : NULL))
+            fprintf(f, "%s**%.*s**\n\n| key | default | range | what it does |\n|---|---|---|---|\n", i ? "\n" : "", (int)section_length(o), o->key);
+        char *range = option_range(o);
+        fprintf(f, *o->fallback ? "| `%s` | `%s` | " : "| `%s` | %s | ", o->key, shown_default(o));
+        for (const char *c = range; *c; c++) *c == '|' ? fputs(", ", f) : fputc(*c, f);
+        fprintf(f, " | %s |\n", o->help);
+        free(range);
+    }
+}

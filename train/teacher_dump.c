@@ -1,0 +1,311 @@
+/* distill teacher-dump: rows -> teacher forward -> targets -> sealed shards, held-out rows first. A batch of rows is computed, its
+ * targets are taken chunk by chunk while the logits are there, and handed row by row to the shard writer; nothing of size [N, V] is kept. */
+#include <math.h>
+#include <string.h>
+
+#include "base/error.h"
+#include "base/half.h"
+#include "data/shard.h"
+#include "train/command.h"
+#include "train/load.h"
+#include "train/progress.h"
+#include "train/signals.h"
+#include "train/student.h"
+
+struct dump {
+    const struct config *c;
+    struct model_files *files;
+    struct tokenizer *tokenizer;
+    struct corpus_rows *train, *heldout;
+    int64_t Vv;
+    enum shard_kind kind;
+    int k, nT; float temperatures[SHARD_MAX_TEMPERATURES];
+
+    struct backend *be;
+    struct memory_plan *plan;
+    struct model *model;
+    struct teacher_targets out;               /* device, one chunk */
+    struct batch *batch;
+    /* host, one batch of N positions; what the rows of a shard are filled from */
+    uint32_t *head_ids; uint16_t *head_logprob, *full, *entropy, *label_logprob;
+    float *lse, *tail;
+    void *stage;                              /* host, one chunk of the largest field */
+    double padding_mass, kept_mass; int64_t positions;   /* over everything dumped by this process */
+};
+
+static int open_teacher(struct dump *d)
+{
+    const struct config *c = d->c;
+    int rc = OK;
+    if (!*c->teacher_path) { rc = fail(ERR_USAGE, "teacher.path is not set: name the teacher's Hugging Face directory"); goto out; }
+    TRY(model_files_open(&d->files, c->teacher_path));
+    char *dir = find_tokenizer_dir(c, (const char *const[]){c->teacher_path, NULL});
+    if (dir) rc = tokenizer_open(&d->tokenizer, dir);
+    free(dir);
+    if (rc != OK) goto out;
+    d->Vv = valid_vocab(d->files->config, d->tokenizer);
+    struct corpus_options o = corpus_options_of(c);
+    if (o.row_length > d->files->config->max_position) {
+        rc = fail(ERR_USAGE, "corpus.row_length is %lld, the teacher's max_position_embeddings is %lld: make the rows shorter", (long long)o.row_length, (long long)d->files->config->max_position);
+        goto out;
+    }
+    TRY(corpus_read(&d->train, &d->heldout, &o, d->tokenizer, (int32_t)d->Vv));
+out:
+    return rc;
+}
+
+static int read_kind(struct dump *d)
+{
+    const struct config *c = d->c;
+    d->kind = !strcmp(c->shards_kind, "full") ? SHARD_FULL : SHARD_TOPK;
+    d->k = d->kind == SHARD_TOPK ? (int)c->shards_k : 0;
+    d->nT = c->shards_temperatures.n;
+    if (d->nT < 1 || d->nT > SHARD_MAX_TEMPERATURES) return fail(ERR_USAGE, "shards.temperatures lists %d values; 1 to %d are possible", d->nT, SHARD_MAX_TEMPERATURES);
+    for (int i = 0; i < d->nT; i++) d->temperatures[i] = (float)c->shards_temperatures.item[i];
+    if (d->k > d->Vv) return fail(ERR_USAGE, "shards.k is %d, but the teacher has only %lld valid ids", d->k, (long long)d->Vv);
+    return OK;
+}
+
+static int plan_memory(struct dump *d)
+{
+    const struct config *c = d->c;
+    int rc = OK;
+    struct backend_options device = {.device = c->run_device, .threads = (int)c->run_threads};
+    TRY(backend_open(&d->be, &device));
+    d->plan = memory_plan_new(d->be);
+    int64_t N = c->dump_batch_rows * c->corpus_row_length, rows = c->dump_chunk_tokens < N ? c->dump_chunk_tokens : N;
+    struct model_options o = {.N = N, .max_doc = c->corpus_row_length, .head_rows = rows};
+    d->model = model_new(d->be, d->files->config, &o, d->plan);
+    const char *row = "targets of a chunk", *key = "dump.chunk_tokens";
+    size_t r = (size_t)rows, nT = (size_t)d->nT, k = (size_t)d->k, floats = sizeof(float);
+    d->out = (struct teacher_targets){.nT = d->nT, .temperatures = d->temperatures, .K = d->k};
+    if (d->k) {
+        memory_add(d->plan, row, key, &d->out.head_ids, r * k * sizeof(int32_t));
+        memory_add(d->plan, row, key, &d->out.head_logprob, r * k * floats);
+    } else memory_add(d->plan, row, key, &d->out.full, r * (size_t)d->Vv * sizeof(uint16_t));
+    if (d->k) memory_add(d->plan, row, key, &d->out.tail_logmass, r * nT * floats);
+    memory_add(d->plan, row, key, &d->out.lse, r * nT * floats);
+    memory_add(d->plan, row, key, &d->out.entropy, r * floats);
+    memory_add(d->plan, row, key, &d->out.label_logprob, r * floats);
+    memory_add(d->plan, row, key, &d->out.padding_mass, r * floats);
+    memory_add_scratch(d->plan, model_scratch_bytes(d->model, d->k));
+
+    d->batch = batch_new(c->dump_batch_rows, c->corpus_row_length, NULL);
+    size_t n = (size_t)N;
+    if (d->k) {
+        d->head_ids = xmalloc(n * k * sizeof *d->head_ids);
+        d->head_logprob = xmalloc(n * k * sizeof *d->head_logprob);
+    } else d->full = xmalloc(n * (size_t)d->Vv * sizeof *d->full);
+    d->lse = xmalloc(n * nT * floats);
+    d->tail = xmalloc(n * nT * floats);
+    d->entropy = xmalloc(n * sizeof *d->entropy);
+    d->label_logprob = xmalloc(n * sizeof *d->label_logprob);
+    d->stage = xmalloc(r * (k > nT ? k : nT) * floats);
+out:
+    return rc;
+}
+
+static int make_manifest(const struct dump *d, const struct corpus_rows *rows, struct shard_manifest *m)
+{
+    const struct config *c = d->c;
+    *m = (struct shard_manifest){.kind = d->kind, .rows = rows->rows, .row_length = rows->length, .rows_per_shard = c->shards_rows_per_shard, .k = d->k, .n_temperatures = d->nT,
+                                 .valid_vocab = (int32_t)d->Vv, .teacher_vocab = (int32_t)d->files->config->vocab_size, .seed = (uint64_t)c->run_seed, .text_bytes = rows->bytes};
+    memcpy(m->temperatures, d->temperatures, sizeof m->temperatures);
+    model_config_hash(d->files->config, m->teacher_config_hash);
+    tensor_set_hash(d->files->tensors, m->teacher_weights_hash);
+    if (d->tokenizer) tokenizer_hash(d->tokenizer, m->tokenizer_hash);
+    corpus_rows_hash(rows, m->corpus_hash);
+    snprintf(m->packing, sizeof m->packing, "documents end to end in rows of %lld, positions restart at every document and row", (long long)rows->length);
+    snprintf(m->teacher_name, sizeof m->teacher_name, "%s", d->files->path);
+    return OK;
+}
+
+/* What the teacher predicts at every position that has a next token in its document, learnt or not. */
+static void set_next_tokens(struct dump *d)
+{
+    struct batch *b = d->batch;
+    for (int64_t doc = 0; doc < b->n_docs; doc++)
+        for (int64_t i = b->doc_begin[doc]; i < b->doc_begin[doc + 1]; i++) b->labels[i] = i + 1 < b->doc_begin[doc + 1] ? b->tokens[i + 1] : -1;
+}
+
+static int take_floats(struct dump *d, const float *device, uint16_t *half, float *whole, size_t count)
+{
+    float *from = whole ? whole : d->stage;
+    d->be->ops->download(d->be, from, device, count * sizeof(float));
+    if (half) for (size_t i = 0; i < count; i++) half[i] = f16_from_float(from[i]);
+    return OK;
+}
+
+/* Forward over the batch, targets into the host arrays. */
+static int compute_targets(struct dump *d, int64_t first_row)
+{
+    const struct ops *op = d->be->ops;
+    struct model *m = d->model;
+    int64_t Vv = d->Vv, V = m->c->vocab_size;
+    size_t k = (size_t)d->k, nT = (size_t)d->nT;
+    set_next_tokens(d);
+    model_set_batch(m, d->batch);
+    model_forward(m);
+    for (int64_t first = 0; first < m->n; first += m->o.head_rows) {
+        int64_t rows = m->n - first < m->o.head_rows ? m->n - first : m->o.head_rows;
+        size_t at = (size_t)first, r = (size_t)rows;
+        model_logits(m, first, rows);
+        op->teacher_targets(d->be, &d->out, m->logits, m->labels + first, rows, V, Vv);
+        if (k) {
+            op->download(d->be, d->head_ids + at * k, d->out.head_ids, r * k * sizeof *d->head_ids);
+            take_floats(d, d->out.head_logprob, d->head_logprob + at * k, NULL, r * k);
+            take_floats(d, d->out.tail_logmass, NULL, d->tail + at * nT, r * nT);
+        } else op->download(d->be, d->full + at * (size_t)Vv, d->out.full, r * (size_t)Vv * sizeof *d->full);
+        take_floats(d, d->out.lse, NULL, d->lse + at * nT, r * nT);
+        take_floats(d, d->out.entropy, d->entropy + at, NULL, r);
+        take_floats(d, d->out.label_logprob, d->label_logprob + at, NULL, r);
+        op->download(d->be, d->stage, d->out.padding_mass, r * sizeof(float));
+        for (size_t i = 0; i < r; i++) d->padding_mass += ((float *)d->stage)[i];
+    }
+    for (int64_t i = 0; i < m->n; i++) {
+        if (!isfinite(d->lse[i * d->nT]))
+            return fail(ERR_NUMERIC, "row %lld, position %lld: the teacher's logits are not finite; check the model with distill inspect %s", (long long)(first_row + i / d->batch->length),
+                        (long long)(i % d->batch->length), d->files->path);
+        if (k) d->kept_mass += -expm1(d->tail[i * d->nT]);
+    }
+    d->positions += m->n;
+    return OK;
+}
+
+static int put_rows(struct dump *d, struct shard_writer *w, const struct corpus_rows *rows, int64_t first_row)
+{
+    int64_t L = rows->length;
+    for (int64_t r = 0; r < d->batch->rows; r++) {
+        int64_t at = r * L, source = (first_row + r) * L;
+        struct shard_row row = {.tokens = rows->tokens + source, .loss_mask = rows->loss_mask + source, .document = rows->document + source, .lse = d->lse + at * d->nT,
+                                .entropy = d->entropy + at, .label_logprob = d->label_logprob + at};
+        if (d->k) {
+            row.tail = d->tail + at * d->nT;
+            row.head_ids = d->head_ids + at * d->k;
+            row.head_logprob = d->head_logprob + at * d->k;
+        } else row.logits = d->full + at * d->Vv;
+        int rc = shard_writer_put(w, &row);
+        if (rc != OK) return rc;
+    }
+    return OK;
+}
+
+/* One shard: its rows in batches. *rows_done counts over the dataset for the progress line. */
+static int dump_shard(struct dump *d, struct shard_writer *w, const struct shard_manifest *m, const struct corpus_rows *rows, int64_t shard, const char *name, double start, int64_t *rows_done,
+                      int64_t rows_at_start)
+{
+    int rc = OK;
+    int64_t first = shard_first_row(m, shard), end = first + shard_rows(m, shard), L = rows->length;
+    TRY(shard_writer_begin(w, shard));
+    for (int64_t row = first; row < end; row += d->batch->rows) {
+        if (stop_requested) { rc = fail(ERR_STOPPED, "stopped by a signal: %lld shards of %s are sealed, the %lld rows of the unfinished one will be computed again; run the command again to go on",
+                                        (long long)shard, name, (long long)(row - first)); goto out; }
+        d->batch->rows = end - row < d->c->dump_batch_rows ? end - row : d->c->dump_batch_rows;
+        d->batch->n = d->batch->rows * L;
+        for (int64_t r = 0; r < d->batch->rows; r++) batch_set_row(d->batch, r, rows->tokens + (row + r) * L, rows->loss_mask + (row + r) * L, rows->document + (row + r) * L);
+        batch_finish(d->batch);
+        TRY(compute_targets(d, row));
+        TRY(put_rows(d, w, rows, row));
+        *rows_done += d->batch->rows;
+        double rate = (double)(*rows_done - rows_at_start) / (now_seconds() - start);
+        progress("%s  shard %lld/%lld  rows %lld/%lld  %.0f tok/s  eta %s", name, (long long)(shard + 1), (long long)shard_count(m), (long long)*rows_done, (long long)m->rows, rate * (double)L,
+                 duration_text((double)(m->rows - *rows_done) / rate));
+    }
+    TRY(shard_writer_seal(w));
+out:
+    return rc;
+}
+
+static int dump_dataset(struct dump *d, const struct corpus_rows *rows, const char *path)
+{
+    struct shard_manifest m;
+    struct shard_writer *w = NULL;
+    int rc = OK;
+    TRY(make_manifest(d, rows, &m));
+    TRY(shard_writer_open(&w, path, &m));
+    int64_t shards = shard_count(&m), next = shard_writer_next_shard(w), done = shard_first_row(&m, next < shards ? next : shards), at_start = done;
+    if (next >= shards) { printf("%s: all %lld shards are sealed\n", path, (long long)shards); goto out; }
+    if (next > 0) printf("%s: %lld of %lld shards are sealed, going on\n", path, (long long)next, (long long)shards);
+    double start = now_seconds();
+    for (; next < shards; next = shard_writer_next_shard(w)) TRY(dump_shard(d, w, &m, rows, next, path, start, &done, at_start));
+    progress_end();
+out:
+    progress_end();
+    shard_writer_close(w);
+    return rc;
+}
+
+static void print_plan(const struct dump *d)
+{
+    struct shard_manifest m = {.kind = d->kind, .rows = d->train->rows, .row_length = d->train->length, .rows_per_shard = d->train->rows ? d->train->rows : 1, .k = d->k, .n_temperatures = d->nT,
+                               .valid_vocab = (int32_t)d->Vv};
+    double tokens = (double)(d->train->rows * d->train->length), bytes = d->train->rows ? (double)shard_bytes(&m, 0) / tokens : 0, flops = model_config_forward_flops(d->files->config, d->train->length);
+    int64_t heldout = d->heldout ? d->heldout->rows : 0;
+    printf("teacher   %s, %s, %.2fM parameters, %lld of %lld ids valid\n", d->files->path, architecture_name(d->files->config->arch), (double)d->model->params->parameters / 1e6, (long long)d->Vv,
+           (long long)d->files->config->vocab_size);
+    printf("corpus    %lld documents, %lld rows of %lld for training, %lld held out; %lld supervised positions\n", (long long)d->train->documents, (long long)d->train->rows,
+           (long long)d->train->length, (long long)heldout, (long long)d->train->targets);
+    printf("shards    %s", shard_kind_name(d->kind));
+    if (d->k) printf(" %d", d->k);
+    printf(", %.0f bytes per token, %.2f GiB in all; %.3g FLOP per token\n", bytes, bytes * (tokens + (double)(heldout * d->train->length)) / 0x1p30, flops);
+    memory_print(d->plan, stdout);
+}
+
+static int run(struct dump *d, bool dry_run)
+{
+    const struct config *c = d->c;
+    int rc = OK;
+    char *heldout = *c->shards_heldout_path ? xstrdup(c->shards_heldout_path) : xasprintf("%s-heldout", c->shards_path);
+    TRY(open_teacher(d));
+    TRY(read_kind(d));
+    TRY(plan_memory(d));
+    print_plan(d);
+    if (dry_run) goto out;
+    TRY(memory_commit(d->plan, (size_t)(c->memory_limit_gib * 0x1p30)));
+    model_ready(d->model);
+    TRY(model_files_load(d->files, d->model));
+    if (d->heldout && d->heldout->rows) TRY(dump_dataset(d, d->heldout, heldout));
+    TRY(dump_dataset(d, d->train, c->shards_path));
+    if (d->positions) {
+        printf("done      %lld positions dumped by this run", (long long)d->positions);
+        if (d->k) printf(", the top %d keep %.4f of the mass on average", d->k, d->kept_mass / (double)d->positions);
+        printf("; %lld padding columns masked, they held %.2e of the mass\n", (long long)(d->files->config->vocab_size - d->Vv), d->padding_mass / (double)d->positions);
+    }
+out:
+    free(heldout);
+    return rc;
+}
+
+static int take_flag(void *context, int argc, char **argv, int *i)
+{
+    (void)argc;
+    if (strcmp(argv[*i], "--dry-run")) return 0;
+    *(bool *)context = true;
+    return 1;
+}
+
+int command_teacher_dump(int argc, char **argv)
+{
+    struct config *c = NULL;
+    struct dump d = {0};
+    bool dry_run = false;
+    int help, rc = OK;
+    TRY(command_config(argc, argv, CMD_TEACHER_DUMP, "Runs the teacher once over the corpus and writes its targets into HDF5 shards. Run it again to go on where it stopped.",
+                       "distill teacher-dump configs/quickstart/distill.yaml", take_flag, &dry_run, "  --dry-run   print the plan (bytes per token, memory, FLOPs) and stop\n", &c, &help));
+    if (help) goto out;
+    d.c = c;
+    signals_install();
+    rc = run(&d, dry_run);
+out:
+    free(d.head_ids); free(d.head_logprob); free(d.full); free(d.lse); free(d.tail); free(d.entropy); free(d.label_logprob); free(d.stage);
+    batch_free(d.batch);
+    model_free(d.model);
+    memory_plan_free(d.plan);
+    backend_close(d.be);
+    corpus_rows_free(d.train);
+    corpus_rows_free(d.heldout);
+    tokenizer_close(d.tokenizer);
+    model_files_close(d.files);
+    config_free(c);
+    return rc;
+}

@@ -1,0 +1,199 @@
+/* distill train: the optimizer step and the loop around it. train_setup.c opens what is used here; a batch goes on from here to model.c,
+ * objective.c and optimizer.c. */
+#include "train/trainer.h"
+
+#include <math.h>
+#include <string.h>
+
+#include "base/error.h"
+#include "train/command.h"
+#include "train/progress.h"
+#include "train/signals.h"
+
+struct step_stats { double loss, kd, ce, grad_norm, lr; int64_t targets; };
+
+/* Our own copy of a batch the loader will overwrite. */
+static void batch_keep(struct batch *to, const struct batch *from)
+{
+    size_t n = (size_t)from->n;
+    memcpy(to->tokens, from->tokens, n * sizeof *to->tokens);
+    memcpy(to->labels, from->labels, n * sizeof *to->labels);
+    memcpy(to->mask, from->mask, n * sizeof *to->mask);
+    memcpy(to->position, from->position, n * sizeof *to->position);
+    memcpy(to->doc_begin, from->doc_begin, (size_t)(from->n_docs + 1) * sizeof *to->doc_begin);
+    memcpy(to->row_index, from->row_index, (size_t)from->rows * sizeof *to->row_index);
+    to->n_docs = from->n_docs;
+    to->max_doc = from->max_doc;
+    to->n_targets = from->n_targets;
+    if (from->head_ids) {
+        memcpy(to->head_ids, from->head_ids, n * (size_t)from->k * sizeof *to->head_ids);
+        memcpy(to->head_logprob, from->head_logprob, n * (size_t)from->k * sizeof *to->head_logprob);
+        memcpy(to->tail_logmass, from->tail_logmass, n * sizeof *to->tail_logmass);
+    }
+    if (from->full_logits) memcpy(to->full_logits, from->full_logits, n * (size_t)from->full_width * sizeof *to->full_logits);
+}
+
+/* Loss and norm must be finite before a weight moves; a distillation whose KD part is nothing is no distillation. */
+static int check_numbers(const struct trainer *t, const struct step_stats *s)
+{
+    if (!isfinite(s->loss) || !isfinite(s->grad_norm))
+        return fail(ERR_NUMERIC, "step %lld: loss %g, gradient norm %g; no weight was changed. First row of the step: %lld. Lower optimizer.lr, or look at the row with distill inspect",
+                    (long long)(t->state.step + 1), s->loss, s->grad_norm, (long long)t->batch[0]->row_index[0]);
+    if (t->c->objective_kd_weight != 0 && s->targets && s->kd == 0)
+        return fail(ERR_NUMERIC, "step %lld: the KD loss is exactly 0 over %lld targets: student and teacher are the same model, or the shards hold no teacher", (long long)(t->state.step + 1), (long long)s->targets);
+    return OK;
+}
+
+/* One optimizer step, top to bottom. */
+static int train_step(struct trainer *t, struct step_stats *s)
+{
+    const struct ops *op = t->be->ops;
+    struct model *m = t->model;
+    struct batch *next;
+    int rc = OK;
+
+    s->targets = 0;                                            /* over all micro-batches: the objective must not depend on the split */
+    for (int i = 0; i < t->accum; i++) {
+        TRY(loader_next(t->loader, &next));
+        batch_keep(t->batch[i], next);
+        s->targets += next->n_targets;
+    }
+    double divisor = s->targets ? (double)s->targets : 1;
+    op->fill_zero(t->be, m->grads, (size_t)m->params->total * dtype_width(t->be->grad_dtype));
+    objective_reset(t->objective);
+    for (int i = 0; i < t->accum; i++) {
+        model_set_batch(m, t->batch[i]);
+        model_forward(m);                                      /* tokens -> hidden */
+        objective_run(t->objective, t->batch[i], divisor, true);   /* hidden -> loss, d_hidden, head gradient */
+        model_backward(m);                                     /* d_hidden -> gradients */
+    }
+    objective_read(t->objective, &s->kd, &s->ce);
+    s->grad_norm = optimizer_norm(t->optimizer);
+    s->kd /= divisor;
+    s->ce /= divisor;
+    s->loss = t->c->objective_kd_weight * s->kd + t->c->objective_ce_weight * s->ce;
+    s->lr = schedule_lr(&t->schedule, t->state.step);
+    TRY(check_numbers(t, s));
+    if (s->targets) optimizer_step(t->optimizer, t->state.step + 1, s->lr);
+
+    t->state.step++;
+    t->state.tokens += t->accum * m->n;
+    t->state.targets += s->targets;
+    loader_tell(t->loader, &t->state.loader);
+out:
+    return rc;
+}
+
+/* Mean losses over the held-out rows, forward only. */
+static int evaluate(struct trainer *t, double *kd, double *ce)
+{
+    struct loader *loader = NULL;
+    struct batch *b;
+    int64_t targets = 0, rows = 0;
+    int rc = OK;
+    TRY(trainer_open_loader(t, true, &loader));
+    objective_reset(t->objective);
+    for (;;) {
+        TRY(loader_next(loader, &b));
+        if (!b) break;
+        model_set_batch(t->model, b);
+        model_forward(t->model);
+        objective_run(t->objective, b, 1, false);
+        targets += b->n_targets;
+        rows += b->rows;
+        if (t->c->eval_max_rows && rows >= t->c->eval_max_rows) break;
+    }
+    objective_read(t->objective, kd, ce);
+    *kd /= (double)(targets ? targets : 1);
+    *ce /= (double)(targets ? targets : 1);
+out:
+    loader_close(loader);
+    return rc;
+}
+
+static bool has_heldout(const struct trainer *t) { return t->heldout_dataset || (t->heldout_rows && t->heldout_rows->rows); }
+
+static int evaluate_and_report(struct trainer *t)
+{
+    double kd, ce;
+    int rc = evaluate(t, &kd, &ce);
+    if (rc != OK) return rc;
+    double loss = t->c->objective_kd_weight * kd + t->c->objective_ce_weight * ce;
+    progress_end();
+    printf("held-out at step %lld: loss %.4f  kd %.4f  ce %.4f  perplexity %.3f\n", (long long)t->state.step, loss, kd, ce, exp(ce));
+    const struct metric values[] = {{"heldout/loss", loss}, {"heldout/kd", kd}, {"heldout/ce", ce}};
+    return metrics_write(t->metrics, t->state.step, values, 3);
+}
+
+static int report_step(struct trainer *t, const struct step_stats *s, double rate, double eta)
+{
+    const struct metric values[] = {{"train/loss", s->loss}, {"train/kd", s->kd}, {"train/ce", s->ce}, {"train/grad_norm", s->grad_norm}, {"train/lr", s->lr},
+                                    {"train/tokens_per_second", rate}, {"train/loader_wait_seconds", loader_wait_seconds(t->loader)}, {"train/tokens", (double)t->state.tokens}};
+    if (t->state.step % t->c->train_log_every == 0 || t->state.step == t->steps)
+        progress("step %lld/%lld  loss %.4f  kd %.4f  ce %.4f  |g| %.3f  lr %.2e  %.0f tok/s  waited %.1fs  eta %s", (long long)t->state.step, (long long)t->steps, s->loss, s->kd, s->ce,
+                 s->grad_norm, s->lr, rate, loader_wait_seconds(t->loader), duration_text(eta));
+    return metrics_write(t->metrics, t->state.step, values, sizeof values / sizeof *values);
+}
+
+static int save(struct trainer *t)
+{
+    return checkpoint_save(t->c->run_dir, t->model, t->optimizer, &t->state, t->c, t->student->tokenizer_dir, t->c->train_keep_checkpoints);
+}
+
+static int train_loop(struct trainer *t)
+{
+    const struct config *c = t->c;
+    struct step_stats s;
+    double start = now_seconds();
+    int64_t first = t->state.step, saved = first;
+    int rc = OK;
+    while (t->state.step < t->steps && !stop_requested) {
+        rc = train_step(t, &s);
+        if (rc == ERR_STOPPED) break;                         /* a signal while it waited for shards */
+        if (rc != OK) goto out;
+        double elapsed = now_seconds() - start, per_step = elapsed / (double)(t->state.step - first);
+        TRY(report_step(t, &s, (double)(c->train_batch_rows * t->row_length) / per_step, per_step * (double)(t->steps - t->state.step)));
+        if (c->train_eval_every && t->state.step % c->train_eval_every == 0 && has_heldout(t)) TRY(evaluate_and_report(t));
+        if (c->train_checkpoint_every && t->state.step % c->train_checkpoint_every == 0) { TRY(save(t)); saved = t->state.step; }
+    }
+    rc = OK;
+    progress_end();
+    if (t->state.step > saved) TRY(save(t));
+    if (t->state.step < t->steps) rc = fail(ERR_STOPPED, "stopped by a signal after step %lld of %lld; go on with --resume", (long long)t->state.step, (long long)t->steps);
+    else printf("done      %lld steps, %.2fM tokens; student in %s/checkpoints/step-%08lld\n", (long long)t->state.step, (double)t->state.tokens / 1e6, c->run_dir, (long long)t->state.step);
+out:
+    progress_end();
+    return rc;
+}
+
+struct flags { bool resume, dry_run; };
+
+static int take_flag(void *context, int argc, char **argv, int *i)
+{
+    struct flags *f = context;
+    (void)argc;
+    if (!strcmp(argv[*i], "--resume")) f->resume = true;
+    else if (!strcmp(argv[*i], "--dry-run")) f->dry_run = true;
+    else return 0;
+    return 1;
+}
+
+int command_train(int argc, char **argv)
+{
+    struct config *c = NULL;
+    struct trainer *t = NULL;
+    struct flags flags = {0};
+    int help, rc = OK;
+    TRY(command_config(argc, argv, CMD_TRAIN, "Trains a student on a teacher's logit shards (or, with train.source: corpus, a model on plain text) and writes checkpoints that other tools load.",
+                       "distill train configs/quickstart/distill.yaml --set train.steps=100", take_flag, &flags,
+                       "  --resume    go on from the newest checkpoint in run.dir\n  --dry-run   print the plan (steps, FLOPs, memory) and stop\n", &c, &help));
+    if (help) goto out;
+    if (flags.resume) c->run_resume = true;
+    signals_install();
+    TRY(trainer_open(&t, c, flags.dry_run));
+    if (!flags.dry_run) TRY(train_loop(t));
+out:
+    trainer_close(t);
+    config_free(c);
+    return rc;
+}

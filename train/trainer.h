@@ -1,0 +1,44 @@
+/* Everything a training run holds: opened by train_setup.c, used by the step in train.c. */
+#ifndef TRAIN_TRAINER_H
+#define TRAIN_TRAINER_H
+
+#include "data/loader.h"
+#include "train/checkpoint.h"
+#include "train/config.h"
+#include "train/metrics.h"
+#include "train/objective.h"
+#include "train/optimizer.h"
+#include "train/schedule.h"
+#include "train/student.h"
+
+struct trainer {
+    const struct config *c;
+    struct student *student;
+    struct tokenizer *tokenizer;              /* NULL: the run has none */
+    struct shard_dataset *dataset, *heldout_dataset;   /* train.source shards; held-out may be absent */
+    struct corpus_rows *rows, *heldout_rows;  /* train.source corpus */
+    char data_id[SHA256_HEX];
+    int64_t row_length, Vv;
+
+    struct backend *be;
+    struct memory_plan *plan;
+    struct model *model;
+    struct objective *objective;
+    struct optimizer *optimizer;
+    struct loader *loader;
+    struct schedule schedule;
+    int accum;                                /* micro-batches per step */
+    struct batch **batch;                     /* [accum] copies: targets are counted over all of them before the first gradient */
+    int64_t steps;                            /* of the whole run */
+    struct train_state state;
+    struct metrics *metrics;
+};
+
+/* Opens data, student, backend and memory; loads the newest checkpoint when the run is resumed. With `plan_only` it stops before the memory is
+ * taken and prints the plan. */
+int  trainer_open(struct trainer **out, const struct config *c, bool plan_only);
+void trainer_close(struct trainer *t);        /* NULL-safe */
+/* Loader options for the held-out data, and for training. */
+int  trainer_open_loader(const struct trainer *t, bool heldout, struct loader **out);
+
+#endif
