@@ -36,10 +36,11 @@ RANDOM = {
 }
 
 
-def random_model(kind, seed):
+def random_model(kind, seed, small):
     model_type, extra = RANDOM[kind]
+    size = {**SMALL, **(dict(vocab_size=131, hidden_size=32, intermediate_size=72) if small else {})}
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(model_type, **{**SMALL, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **extra})
+    config = AutoConfig.for_model(model_type, **{**size, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **extra})
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float()
     with torch.no_grad():                      # norms away from 1 and biases away from 0, or nothing tests them
         for name, p in model.named_parameters():
@@ -88,6 +89,7 @@ def main():
     parser.add_argument("models", nargs="*", metavar="MODEL_DIR", help="teacher, and optionally student")
     parser.add_argument("-o", "--output", required=True)
     parser.add_argument("--random", choices=sorted(RANDOM), help="make tiny random models instead")
+    parser.add_argument("--small", action="store_true", help="with --random: small enough to be committed")
     parser.add_argument("--layers", type=int, default=0, help="keep only the first N layers")
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--length", type=int, default=24)
@@ -100,7 +102,7 @@ def main():
         sys.exit("give one or two MODEL_DIRs, or --random KIND")
 
     if a.random:
-        teacher, student = random_model(a.random, a.seed), random_model(a.random, a.seed + 1)
+        teacher, student = (random_model(a.random, a.seed + i, a.small) for i in (0, 1))
     else:
         teacher, student = load(a.models[0], a.layers), load(a.models[-1], a.layers)
         if len(a.models) == 1:

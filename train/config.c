@@ -596,7 +596,7 @@ char *config_to_yaml(const struct config *c)
         section = o->key;
         char *range = option_range(o);
         fprintf(f, "  # %s", o->help);
-        if (o->type != OPTION_TEXT) fprintf(f, " (%s)", range);
+        if (option_has_range(o)) fprintf(f, " (%s)", range);
         if (*o->fallback) fprintf(f, "; default %s", o->fallback);
         fprintf(f, "\n  %s: ", key_part(o->key));
         write_value(f, c, o);

@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "base/error.h"
+#include "kernels/cpu/open.h"
 #include "train/command.h"
 
 #ifndef DISTILL_VERSION
@@ -33,6 +34,7 @@ static void usage(FILE *f)
 
 int main(int argc, char **argv)
 {
+    cpu_select_blas(argv);
     if (argc < 2) { usage(stderr); return ERR_USAGE; }
     if (!strcmp(argv[1], "--help") || !strcmp(argv[1], "-h") || !strcmp(argv[1], "help")) { usage(stdout); return OK; }
     if (!strcmp(argv[1], "--version")) { printf("distill %s\n", DISTILL_VERSION); return OK; }

@@ -142,12 +142,14 @@ char *option_range(const struct option *o)
     case OPTION_TEXTS:  return xstrdup("list of texts");
     case OPTION_SWITCH: return xstrdup("true|false");
     case OPTION_CHOICE: return xstrdup(o->choices);
-    case OPTION_WHOLE:  return xasprintf("%.0f to %.0f", o->low, o->high);
+    case OPTION_WHOLE:  return o->high >= MANY ? xasprintf("%.0f or more", o->low) : xasprintf("%.0f to %.0f", o->low, o->high);
     case OPTION_REALS:  return xasprintf("1 to %d of %.15g to %.15g", OPTION_MAX_ITEMS, o->low, o->high);
     case OPTION_REAL:   break;
     }
     return xasprintf("%s%.15g %s %.15g", o->above ? "above " : "", o->low, o->below ? "to below" : "to", o->high);
 }
+
+bool option_has_range(const struct option *o) { return o->type != OPTION_TEXT && o->type != OPTION_TEXTS && o->type != OPTION_SWITCH; }
 
 static size_t section_length(const struct option *o) { return (size_t)(strchr(o->key, '.') - o->key); }
 
@@ -179,7 +181,7 @@ void config_print_help(FILE *f, enum command_id command)
     for (int i = 0; i < option_count; i++) {
         const struct option *o = &options[i];
         if (!(o->commands >> command & 1)) continue;
-        char *range = option_range(o), *text = o->type == OPTION_TEXT ? xstrdup(o->help) : xasprintf("%s (%s)", o->help, range);
+        char *range = option_range(o), *text = option_has_range(o) ? xasprintf("%s (%s)", o->help, range) : xstrdup(o->help);
         fprintf(f, "  %-*s  %-11s  ", widest, o->key, shown_default(o));
         print_wrapped(f, text, 2 + widest + 2 + 11 + 2);
         free(text);
@@ -196,7 +198,9 @@ void config_print_markdown(FILE *f)
         char *range = option_range(o);
         fprintf(f, *o->fallback ? "| `%s` | `%s` | " : "| `%s` | %s | ", o->key, shown_default(o));
         for (const char *c = range; *c; c++) *c == '|' ? fputs(", ", f) : fputc(*c, f);
-        fprintf(f, " | %s |\n", o->help);
+        fputs(" | ", f);
+        for (const char *h = o->help; *h; h++) fprintf(f, *h == '*' ? "\\%c" : "%c", *h);
+        fputs(" |\n", f);
         free(range);
     }
 }

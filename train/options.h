@@ -30,6 +30,8 @@ enum { OPTION_MAX_ITEMS = 8 };     /* of a list of numbers */
 
 /* "0 to 1", "above 0 to 10", "a|b|c", "text", ...: what the key accepts. malloc'd */
 char *option_range(const struct option *o);
+/* Does the range say more than the type's name? */
+bool option_has_range(const struct option *o);
 /* Does the |-separated list name `text`? */
 bool option_lists(const char *choices, const char *text);
 

@@ -1,0 +1,136 @@
+/* Linear layers through cuBLASLt. Row-major products seen as column-major ones of the transposes:
+ *     y^T (O,N) = w (C,O)^T x^T (C,N) + bias      dx^T (C,N) = w^T (C,O) dy^T (O,N)      dw^T (C,O) += x^T (C,N) dy (N,O)
+ * bf16 inputs accumulate in fp32; fp32 stays fp32 (no TF32), so that tests are tight. A shape's algorithm is asked for once and
+ * kept; dw is added to in the gradient's own type by beta = 1, the bias rides in the product's epilogue. The bias gradient is a
+ * sum over rows of its own (reduce.cu): cuBLASLt's epilogue for it overwrites where we accumulate. */
+#include <string.h>
+
+#include "base/error.h"
+#include "kernels/cuda/cuda.h"
+
+enum { WORKSPACE = 64 << 20, CANDIDATES = 8 };      /* 32 MiB is what Hopper's own algorithms ask for; split-K of wide outputs takes more */
+
+struct product_key {
+    int64_t m, n, k;
+    int transpose_a, transpose_b, beta, has_bias, a_type, d_type;
+    int align_a, align_b, align_d, align_bias;      /* bytes, at most 256: part of what an algorithm may assume */
+};
+
+struct product_plan {
+    struct product_key key;
+    cublasLtMatmulDesc_t product;
+    cublasLtMatrixLayout_t a, b, d;
+    cublasLtMatmulAlgo_t algorithm;
+};
+
+static cudaDataType_t cuda_type(enum dtype d) { return d == DTYPE_F32 ? CUDA_R_32F : CUDA_R_16BF; }
+
+static int alignment(const void *p)
+{
+    uintptr_t low = (uintptr_t)p & -(uintptr_t)p;
+    return !low || low > 256 ? 256 : (int)low;
+}
+
+static void set(cublasLtMatmulDesc_t product, cublasLtMatmulDescAttributes_t name, const void *value, size_t bytes)
+{
+    CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(product, name, value, bytes));
+}
+
+static struct product_plan *plan_new(struct cuda_state *s, const struct product_key *key, const void *bias)
+{
+    struct product_plan p = {.key = *key};
+    cublasOperation_t op_a = key->transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N, op_b = key->transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N;
+    CUBLAS_CHECK(cublasLtMatmulDescCreate(&p.product, CUBLAS_COMPUTE_32F, CUDA_R_32F));
+    set(p.product, CUBLASLT_MATMUL_DESC_TRANSA, &op_a, sizeof op_a);
+    set(p.product, CUBLASLT_MATMUL_DESC_TRANSB, &op_b, sizeof op_b);
+    if (key->has_bias) {
+        cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_BIAS;
+        cudaDataType_t type = key->d_type;
+        set(p.product, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue);
+        set(p.product, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &type, sizeof type);
+        set(p.product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof bias);
+    }
+    int64_t a_rows = key->transpose_a ? key->k : key->m, a_columns = key->transpose_a ? key->m : key->k;
+    int64_t b_rows = key->transpose_b ? key->n : key->k, b_columns = key->transpose_b ? key->k : key->n;
+    CUBLAS_CHECK(cublasLtMatrixLayoutCreate(&p.a, key->a_type, (uint64_t)a_rows, (uint64_t)a_columns, a_rows));
+    CUBLAS_CHECK(cublasLtMatrixLayoutCreate(&p.b, key->a_type, (uint64_t)b_rows, (uint64_t)b_columns, b_rows));
+    CUBLAS_CHECK(cublasLtMatrixLayoutCreate(&p.d, key->d_type, (uint64_t)key->m, (uint64_t)key->n, key->m));
+
+    cublasLtMatmulPreference_t preference;
+    size_t workspace = WORKSPACE;
+    uint32_t align_a = (uint32_t)key->align_a, align_b = (uint32_t)key->align_b, align_d = (uint32_t)key->align_d;
+    CUBLAS_CHECK(cublasLtMatmulPreferenceCreate(&preference));
+    CUBLAS_CHECK(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof workspace));
+    CUBLAS_CHECK(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &align_a, sizeof align_a));
+    CUBLAS_CHECK(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &align_b, sizeof align_b));
+    CUBLAS_CHECK(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &align_d, sizeof align_d));
+    CUBLAS_CHECK(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &align_d, sizeof align_d));
+    cublasLtMatmulHeuristicResult_t found[CANDIDATES];
+    int count = 0, use = 0;
+    CUBLAS_CHECK(cublasLtMatmulAlgoGetHeuristic(s->blas, p.product, p.a, p.b, p.d, p.d, preference, CANDIDATES, found, &count));
+    CUBLAS_CHECK(cublasLtMatmulPreferenceDestroy(preference));
+    while (use < count && (found[use].state != CUBLAS_STATUS_SUCCESS || found[use].workspaceSize > WORKSPACE)) use++;
+    CHECK(use < count, "cuBLASLt knows no algorithm for a product of %lld x %lld x %lld", (long long)key->m, (long long)key->n, (long long)key->k);
+    p.algorithm = found[use].algo;
+
+    if ((s->n_products & (s->n_products - 1)) == 0) s->products = xrealloc(s->products, (size_t)(s->n_products ? 2 * s->n_products : 1) * sizeof *s->products);
+    s->products[s->n_products] = p;
+    return &s->products[s->n_products++];
+}
+
+/* d (m,n) = op(a) op(b) [+ d] [+ bias], column-major; a and b have the activations' type */
+static void product(struct backend *be, void *d, enum dtype d_type, const void *a, const void *b, const void *bias, int64_t m, int64_t n, int64_t k,
+                    int transpose_a, int transpose_b, int accumulate)
+{
+    struct cuda_state *s = cuda_state_of(be);
+    struct product_key key;
+    memset(&key, 0, sizeof key);                   /* compared as bytes */
+    key.m = m; key.n = n; key.k = k;
+    key.transpose_a = transpose_a; key.transpose_b = transpose_b; key.beta = accumulate; key.has_bias = bias != NULL;
+    key.a_type = cuda_type(be->act_dtype); key.d_type = cuda_type(d_type);
+    key.align_a = alignment(a); key.align_b = alignment(b); key.align_d = alignment(d); key.align_bias = alignment(bias);
+    struct product_plan *p = NULL;
+    for (int i = 0; i < s->n_products && !p; i++) if (!memcmp(&s->products[i].key, &key, sizeof key)) p = &s->products[i];
+    if (!p) p = plan_new(s, &key, bias);
+    if (bias) set(p->product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof bias);
+    float one = 1, beta = accumulate ? 1 : 0;
+    CUBLAS_CHECK(cublasLtMatmul(s->blas, p->product, &one, a, p->a, b, p->b, &beta, d, p->d, d, p->d, &p->algorithm, cuda_scratch(be, WORKSPACE), WORKSPACE, s->stream));
+}
+
+size_t cuda_linear_scratch(struct backend *be, const struct op_limits *l)
+{
+    (void)be;
+    int64_t widest = l->C > 2 * l->F ? l->C : 2 * l->F, qkv = (int64_t)(l->Hq + 2 * l->Hkv) * l->D;
+    size_t sums = cuda_column_sum_scratch(l->N, widest > qkv ? widest : qkv);
+    return sums > WORKSPACE ? sums : WORKSPACE;
+}
+
+void cuda_linear_close(struct cuda_state *s)
+{
+    for (int i = 0; i < s->n_products; i++) {
+        cublasLtMatmulDescDestroy(s->products[i].product);
+        cublasLtMatrixLayoutDestroy(s->products[i].a);
+        cublasLtMatrixLayoutDestroy(s->products[i].b);
+        cublasLtMatrixLayoutDestroy(s->products[i].d);
+    }
+    free(s->products);
+}
+
+void cuda_linear_forward(struct backend *be, act *y, const act *x, const act *w, const act *bias, int64_t N, int64_t C, int64_t O)
+{
+    if (!N) return;
+    product(be, y, be->act_dtype, w, x, bias, O, N, C, 1, 0, 0);
+}
+
+void cuda_linear_backward_input(struct backend *be, act *dx, const act *dy, const act *w, int64_t N, int64_t C, int64_t O)
+{
+    if (!N) return;
+    product(be, dx, be->act_dtype, w, dy, NULL, C, N, O, 0, 0, 0);
+}
+
+void cuda_linear_backward_weight(struct backend *be, grad *dw, grad *dbias, const act *dy, const act *x, int64_t N, int64_t C, int64_t O)
+{
+    if (!N) return;
+    product(be, dw, be->grad_dtype, x, dy, NULL, C, O, N, 0, 1, 1);
+    if (dbias) cuda_column_sums(be, dbias, dy, N, O, cuda_scratch(be, cuda_column_sum_scratch(N, O)));
+}

@@ -1,0 +1,217 @@
+/* RMSNorm with the residual join (the maths is in cpu/rmsnorm.c). Memory-bound: every tensor is read once and written once.
+ *
+ * Forward: a block per row, the row in registers between the sum of squares and the scaling. s is rounded to the storage type
+ * before anything is computed from it, so that a recomputation from the stored s gives the same bits.
+ * Backward: persistent blocks walk over rows with the next row's loads in flight; every thread owns columns and keeps their part
+ * of dw in registers, written once per block to scratch and added up in block order. */
+#include "kernels/cuda/common.cuh"
+
+enum { FORWARD_THREADS = 1024, BACKWARD_THREADS = 512 };   /* 64 and 128 registers */
+
+template <typename T, int W, int VPT>
+__global__ void __launch_bounds__(FORWARD_THREADS) rmsnorm_forward_kernel(T *y, float *rstd, T *sum, const T *x, const T *r, const T *__restrict__ w, int C, float eps)
+{
+    int64_t base = (int64_t)blockIdx.x * C;
+    packed<T, W> s[VPT];
+    float squares = 0;
+    #pragma unroll
+    for (int v = 0; v < VPT; v++) {
+        int c = (threadIdx.x + v * blockDim.x) * W;
+        if (c < C) s[v] = load_packed<T, W>(x + base + c);
+    }
+    if (r) {
+        packed<T, W> rv[VPT];
+        #pragma unroll
+        for (int v = 0; v < VPT; v++) {
+            int c = (threadIdx.x + v * blockDim.x) * W;
+            if (c < C) rv[v] = load_packed<T, W>(r + base + c);
+        }
+        #pragma unroll
+        for (int v = 0; v < VPT; v++) {
+            int c = (threadIdx.x + v * blockDim.x) * W;
+            if (c < C) {
+                float a[W], b[W];
+                unpack<T, W>(a, s[v]);
+                unpack<T, W>(b, rv[v]);
+                #pragma unroll
+                for (int i = 0; i < W; i++) a[i] += b[i];
+                s[v] = pack<T, W>(a);
+            }
+        }
+    }
+    #pragma unroll
+    for (int v = 0; v < VPT; v++) {
+        int c = (threadIdx.x + v * blockDim.x) * W;
+        if (c < C) {
+            float a[W];
+            unpack<T, W>(a, s[v]);
+            #pragma unroll
+            for (int i = 0; i < W; i++) squares += a[i] * a[i];
+            if (sum) store_packed<T, W>(sum + base + c, s[v]);
+        }
+    }
+    float scale = 1.0f / sqrtf(block_sum(squares) / (float)C + eps);
+    if (threadIdx.x == 0) rstd[blockIdx.x] = scale;
+    #pragma unroll
+    for (int v = 0; v < VPT; v++) {
+        int c = (threadIdx.x + v * blockDim.x) * W;
+        if (c < C) {
+            float a[W], weight[W];
+            unpack<T, W>(a, s[v]);
+            load<T, W>(weight, w + c);
+            #pragma unroll
+            for (int i = 0; i < W; i++) a[i] = weight[i] * (a[i] * scale);
+            store<T, W>(y + base + c, a);
+        }
+    }
+}
+
+template <typename T, int W, int VPT> struct norm_row { packed<T, W> dy[VPT], x[VPT], dres[VPT]; float rstd; };
+
+template <typename T, int W, int VPT>
+__device__ __forceinline__ void load_row(norm_row<T, W, VPT> &row, const T *dy, const T *x, const T *dres, const float *rstd, int64_t n, int C)
+{
+    row.rstd = rstd[n];
+    #pragma unroll
+    for (int v = 0; v < VPT; v++) {
+        int c = (threadIdx.x + v * blockDim.x) * W;
+        if (c < C) {
+            row.dy[v] = load_packed<T, W>(dy + n * C + c);
+            row.x[v] = load_packed<T, W>(x + n * C + c);
+            if (dres) row.dres[v] = load_packed<T, W>(dres + n * C + c);
+        }
+    }
+}
+
+/* dx may be dy or dres: a thread has read its columns of a row before it writes them, and nobody else reads them. */
+template <typename T, int W, int VPT>
+__global__ void __launch_bounds__(BACKWARD_THREADS) rmsnorm_backward_kernel(T *dx, float *part, const T *dres, const T *dy, const T *x, const T *__restrict__ w, const float *rstd,
+                                                                       int64_t N, int C)
+{
+    __shared__ float shared[2][32];
+    float dw[VPT][W] = {};
+    packed<T, W> weights[VPT];
+    #pragma unroll
+    for (int v = 0; v < VPT; v++) {
+        int c = (threadIdx.x + v * blockDim.x) * W;
+        if (c < C) weights[v] = load_packed<T, W>(w + c);
+    }
+    norm_row<T, W, VPT> row, next;
+    int turn = 0;
+    load_row<T, W, VPT>(next, dy, x, dres, rstd, blockIdx.x, C);
+    for (int64_t n = blockIdx.x; n < N; n += gridDim.x) {
+        row = next;
+        if (n + gridDim.x < N) load_row<T, W, VPT>(next, dy, x, dres, rstd, n + gridDim.x, C);
+        float dot = 0;
+        #pragma unroll
+        for (int v = 0; v < VPT; v++) {
+            int c = (threadIdx.x + v * blockDim.x) * W;
+            if (c < C) {
+                float d[W], xv[W], weight[W];
+                unpack<T, W>(d, row.dy[v]);
+                unpack<T, W>(xv, row.x[v]);
+                unpack<T, W>(weight, weights[v]);
+                #pragma unroll
+                for (int i = 0; i < W; i++) {
+                    dot += weight[i] * d[i] * xv[i];
+                    dw[v][i] += d[i] * (xv[i] * row.rstd);
+                }
+            }
+        }
+        /* two buffers in turn: a barrier per row is enough */
+        float k = block_reduce_into(dot, 0.0f, add_op(), shared[turn]) / (float)C * row.rstd * row.rstd;
+        turn ^= 1;
+        #pragma unroll
+        for (int v = 0; v < VPT; v++) {
+            int c = (threadIdx.x + v * blockDim.x) * W;
+            if (c < C) {
+                float d[W], xv[W], weight[W], g[W] = {};
+                unpack<T, W>(d, row.dy[v]);
+                unpack<T, W>(xv, row.x[v]);
+                unpack<T, W>(weight, weights[v]);
+                if (dres) unpack<T, W>(g, row.dres[v]);
+                #pragma unroll
+                for (int i = 0; i < W; i++) g[i] += row.rstd * (weight[i] * d[i] - xv[i] * k);
+                store<T, W>(dx + n * C + c, g);
+            }
+        }
+    }
+    #pragma unroll
+    for (int v = 0; v < VPT; v++) {
+        int c = (threadIdx.x + v * blockDim.x) * W;
+        if (c < C) {
+            #pragma unroll
+            for (int i = 0; i < W; i++) part[(int64_t)blockIdx.x * C + c + i] = dw[v][i];
+        }
+    }
+}
+
+static int threads_for(int64_t vectors, int per_thread) { return (int)div_up(div_up(vectors, per_thread), 32) * 32; }
+
+/* Enough blocks for 1024 threads on every multiprocessor: more would only add partial sums. */
+static int64_t backward_blocks(struct cuda_state *s, int64_t N, int threads) { return least(N, (int64_t)s->sms * (1024 / threads)); }
+
+size_t cuda_rmsnorm_scratch(struct backend *be, const struct op_limits *l)
+{
+    /* backward_blocks * C: blocks of t threads own at most 8 t columns with one vector each; with more, t > 256 */
+    return (size_t)cuda_state_of(be)->sms * (size_t)(4 * l->C < 8192 ? 8192 : 4 * l->C) * sizeof(float);
+}
+
+template <typename T, int W, int VPT>
+static void launch_forward(struct backend *be, act *y, float *rstd, act *sum, const act *x, const act *r, const act *w, int64_t N, int64_t C, float eps)
+{
+    rmsnorm_forward_kernel<T, W, VPT><<<(unsigned)N, threads_for(div_up(C, W), VPT), 0, cuda_state_of(be)->stream>>>((T *)y, rstd, (T *)sum, (const T *)x, (const T *)r, (const T *)w, (int)C, eps);
+}
+
+template <typename T, int W, int VPT>
+static void launch_backward(struct backend *be, act *dx, grad *dw, const act *dres, const act *dy, const act *x, const act *w, const float *rstd, int64_t N, int64_t C)
+{
+    struct cuda_state *s = cuda_state_of(be);
+    int threads = threads_for(div_up(C, W), VPT);
+    int64_t blocks = backward_blocks(s, N, threads);
+    float *part = (float *)cuda_scratch(be, (size_t)(blocks * C) * sizeof(float));
+    rmsnorm_backward_kernel<T, W, VPT><<<(unsigned)blocks, threads, 0, s->stream>>>((T *)dx, part, (const T *)dres, (const T *)dy, (const T *)x, (const T *)w, rstd, N, (int)C);
+    CUDA_CHECK(cudaGetLastError());
+    cuda_add_partials(be, dw, part, blocks, C);
+}
+
+/* Vectors per thread: as few as leave a block's threads enough registers. */
+template <typename T, int W>
+static void forward(struct backend *be, act *y, float *rstd, act *sum, const act *x, const act *r, const act *w, int64_t N, int64_t C, float eps)
+{
+    int64_t vectors = div_up(C, W);
+    CUDA_REQUIRE(vectors <= 4 * FORWARD_THREADS, "rmsnorm: rows this wide are not implemented");
+    if (vectors <= 256) launch_forward<T, W, 1>(be, y, rstd, sum, x, r, w, N, C, eps);
+    else if (vectors <= 1024) launch_forward<T, W, 2>(be, y, rstd, sum, x, r, w, N, C, eps);
+    else launch_forward<T, W, 4>(be, y, rstd, sum, x, r, w, N, C, eps);
+    CUDA_CHECK(cudaGetLastError());
+}
+
+template <typename T, int W>
+static void backward(struct backend *be, act *dx, grad *dw, const act *dres, const act *dy, const act *x, const act *w, const float *rstd, int64_t N, int64_t C)
+{
+    int64_t vectors = div_up(C, W);
+    CUDA_REQUIRE(vectors <= 8 * BACKWARD_THREADS, "rmsnorm: rows this wide are not implemented");
+    if (vectors <= BACKWARD_THREADS) launch_backward<T, W, 1>(be, dx, dw, dres, dy, x, w, rstd, N, C);
+    else if (vectors <= 2 * BACKWARD_THREADS) launch_backward<T, W, 2>(be, dx, dw, dres, dy, x, w, rstd, N, C);
+    else if (vectors <= 4 * BACKWARD_THREADS) launch_backward<T, W, 4>(be, dx, dw, dres, dy, x, w, rstd, N, C);
+    else launch_backward<T, W, 8>(be, dx, dw, dres, dy, x, w, rstd, N, C);
+}
+
+extern "C" void cuda_rmsnorm_forward(struct backend *be, act *y, float *rstd, act *sum, const act *x, const act *r, const act *w, int64_t N, int64_t C, float eps)
+{
+    if (!N) return;
+    bool wide = aligned16(y) && aligned16(x) && aligned16(w) && aligned16(r) && aligned16(sum);      /* NULL is aligned */
+    DISPATCH(be->act_dtype, T,
+        if (wide && C % vector_width<T>() == 0) forward<T, vector_width<T>()>(be, y, rstd, sum, x, r, w, N, C, eps);
+        else forward<T, 1>(be, y, rstd, sum, x, r, w, N, C, eps));
+}
+
+extern "C" void cuda_rmsnorm_backward(struct backend *be, act *dx, grad *dw, const act *dres, const act *dy, const act *x, const act *w, const float *rstd, int64_t N, int64_t C)
+{
+    if (!N) return;
+    bool wide = aligned16(dx) && aligned16(dy) && aligned16(x) && aligned16(w) && aligned16(dres);
+    DISPATCH(be->act_dtype, T,
+        if (wide && C % vector_width<T>() == 0) backward<T, vector_width<T>()>(be, dx, dw, dres, dy, x, w, rstd, N, C);
+        else backward<T, 1>(be, dx, dw, dres, dy, x, w, rstd, N, C));
+}

@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Sets everything up and runs all tests: the optimised build, the CPU tests again under the address and undefined-behaviour sanitizers, and a short
+# run of every fuzz target. Ends with a line "N passed, N failed, N skipped".
+# Options: --fast (no sanitizers, no fuzzing), --long (the long versions: an hour of fuzzing per reader, a thousand kills).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/setup.sh
+
+fast=0 long=0
+for a in "$@"; do
+    case $a in
+        --fast) fast=1 ;;
+        --long) long=1 ;;
+        *) echo "test.sh: unknown option $a" >&2; exit 2 ;;
+    esac
+done
+
+install_packages "${packages[@]}" libcriterion-dev
+[ $fast = 1 ] || install_packages clang llvm libomp-dev
+export DISTILL_LONG_TESTS=$long
+
+passed=0 failed=0 skipped=0
+# Counts tests as Meson counts them; a test whose only answer was SKIPPED counts as skipped.
+run_suite() {
+    local dir=$1 log
+    shift
+    log=$dir/meson-logs/testlog.json
+    rm -f "$log"
+    meson test -C "$dir" --no-rebuild --print-errorlogs "$@" || true
+    [ -f "$log" ] || { echo "test.sh: $dir ran no test" >&2; failed=$((failed + 1)); return; }
+    passed=$((passed + $(grep -c '"result": "OK"' "$log" || true)))
+    skipped=$((skipped + $(grep -c '"result": "SKIP"' "$log" || true)))
+    failed=$((failed + $(grep -cE '"result": "(FAIL|ERROR|TIMEOUT|INTERRUPT|UNEXPECTEDPASS)"' "$log" || true)))
+}
+
+echo "== optimised build"
+configure build -Dtests=true
+ninja -C build
+run_suite build
+
+if [ $fast = 0 ]; then
+    echo "== address and undefined-behaviour sanitizers"
+    configure build-sanitize -Dtests=true -Dcuda=disabled -Dbuildtype=debugoptimized -Db_sanitize=address,undefined -Db_lundef=false
+    ninja -C build-sanitize
+    ASAN_OPTIONS=detect_leaks=1:allocator_may_return_null=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+        LSAN_OPTIONS=suppressions=$PWD/tests/leaks.txt run_suite build-sanitize --no-suite slow
+
+    echo "== fuzz targets"
+    seconds=$([ $long = 1 ] && echo 3600 || echo 15)
+    if scripts/fuzz.sh "$seconds"; then passed=$((passed + 1)); else failed=$((failed + 1)); fi
+fi
+
+echo "$passed passed, $failed failed, $skipped skipped"
+[ $failed -eq 0 ]

@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# Bad input of every kind: one sentence that names the object, and the exit code that says of what kind it is.
+source "$(dirname "$0")/common.sh"
+make_world
+"$distill" teacher-dump config.yaml >dump.log
+"$distill" train config.yaml --set run.dir=run --set train.steps=2 >train.log
+
+# 2: usage and configuration
+expect_exit 2 'no configuration file' "$distill" train
+expect_exit 2 'second one' "$distill" train config.yaml teacher.yaml
+expect_exit 2 '--frobnicate' "$distill" train config.yaml --frobnicate
+expect_exit 2 'objective.temperature' "$distill" train config.yaml --set objective.temprature=2
+expect_exit 2 'optimizer.lr' "$distill" train config.yaml --set optimizer.lr=fast
+expect_exit 2 'train.batch_rows' "$distill" train config.yaml --set train.batch_rows=5 --set run.dir=x
+expect_exit 2 'nothing to learn' "$distill" train config.yaml --set objective.kd_weight=0 --set run.dir=x
+expect_exit 2 'has no teacher' "$distill" train config.yaml --set train.source=corpus --set run.dir=x
+expect_exit 2 'student.config' "$distill" train config.yaml --set student.config= --set run.dir=x
+expect_exit 2 'CUDA|cuda' "$distill" train config.yaml --set run.device=cuda --set run.dir=x
+expect_exit 2 'teacher.path' "$distill" teacher-dump config.yaml --set teacher.path=
+printf 'run:\n  dri: x\n' >bad.yaml
+expect_exit 2 'bad.yaml:2.*run.dir' "$distill" train bad.yaml
+expect_exit 4 'absent.yaml' "$distill" train absent.yaml
+
+# 3: broken input
+cp -r teacher broken && truncate -s -7 broken/model.safetensors
+expect_exit 3 'model.safetensors' "$distill" teacher-dump config.yaml --set teacher.path=broken --set shards.path=b
+cp teacher/model.safetensors broken/ && sed -i 's/"num_hidden_layers": 2/"num_hidden_layers": 3/' broken/config.json
+expect_exit 3 'model.layers.2' "$distill" teacher-dump config.yaml --set teacher.path=broken --set shards.path=b
+cp teacher/config.json broken/ && sed -i 's/"num_hidden_layers": 2/"num_hidden_layers": 1/' broken/config.json
+expect_exit 3 'model.layers.1' "$distill" teacher-dump config.yaml --set teacher.path=broken --set shards.path=b
+cp teacher/config.json broken/ && sed -i 's/"intermediate_size": 96/"intermediate_size": 64/' broken/config.json
+expect_exit 3 'shape' "$distill" teacher-dump config.yaml --set teacher.path=broken --set shards.path=b
+cp teacher/config.json broken/ && sed -i 's/Qwen2ForCausalLM/GPT2LMHeadModel/' broken/config.json
+expect_exit 3 'GPT2LMHeadModel' "$distill" teacher-dump config.yaml --set teacher.path=broken --set shards.path=b
+cp teacher/config.json broken/ && sed -i 's/"hidden_act"/"logits_scaling": 4.0, "hidden_act"/' broken/config.json
+expect_exit 3 'logits_scaling' "$distill" teacher-dump config.yaml --set teacher.path=broken --set shards.path=b
+cp teacher/config.json broken/ && sed -i 's/"BPE"/"Unigram"/' broken/tokenizer.json
+expect_exit 3 'Unigram' "$distill" teacher-dump config.yaml --set teacher.path=broken --set tokenizer.path=broken --set shards.path=b
+printf 'good\n\xff\xfe bad\n' >latin.txt
+expect_exit 3 'latin.txt' "$distill" teacher-dump config.yaml --set 'corpus.files=[latin.txt]' --set shards.path=b
+printf '{"text": "a"}\n{"txt": "b"}\n' >field.jsonl
+expect_exit 3 'field.jsonl:2' "$distill" teacher-dump config.yaml --set 'corpus.files=[field.jsonl]' --set shards.path=b
+cp -r logits flipped && printf '\x55' | dd of=flipped/shards/shard-000000.h5 bs=1 seek=20000 conv=notrunc 2>/dev/null
+expect_exit 3 'shard-000000' "$distill" train config.yaml --set shards.path=flipped --set run.dir=x --set train.eval_every=0
+rm -rf x
+
+# 4: files that are not there or cannot be written
+expect_exit 4 'nowhere' "$distill" teacher-dump config.yaml --set teacher.path=nowhere
+expect_exit 2 'nothing.*txt' "$distill" teacher-dump config.yaml --set 'corpus.files=[nothing*.txt]'
+touch file && expect_exit 4 'file' "$distill" train config.yaml --set run.dir=file/run
+
+# 6: inputs that do not belong together
+expect_exit 6 'manifest|differs|corpus' "$distill" teacher-dump config.yaml --set corpus.row_length=40
+expect_exit 6 'temperature' "$distill" train config.yaml --set objective.temperature=3 --set run.dir=y
+expect_exit 6 'reverse_kl' "$distill" train config.yaml --set objective.divergence=reverse_kl --set run.dir=y
+mkdir other && sed 's/"vocab_size": 320/"vocab_size": 200/' student-shape/config.json >other/config.json
+expect_exit 6 'valid ids' "$distill" train config.yaml --set student.config=other/config.json --set run.dir=y
+"$distill" tokenizer-train base.yaml --set tokenizer.path=tokenizer2 --set tokenizer.vocab_size=280 >/dev/null
+expect_exit 6 'tokenizer' "$distill" train config.yaml --set tokenizer.path=tokenizer2 --set run.dir=y
+"$distill" teacher-dump config.yaml --set shards.path=seed --set run.seed=4 >/dev/null
+expect_exit 6 'data' "$distill" train config.yaml --set run.dir=run --set shards.path=seed --set train.eval_every=0 --resume
+finish

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# The whole path: tokenizer, teacher, shards, student, evaluation, text, export.
+source "$(dirname "$0")/common.sh"
+make_world
+
+"$distill" teacher-dump config.yaml >dump.log
+grep -q 'of the mass' dump.log || fail "teacher-dump does not report the kept mass: $(tail -1 dump.log)"
+[ -s logits/journal.jsonl ] && [ -s logits-heldout/journal.jsonl ] || fail "no journals"
+before=$(find logits -type f | sort | xargs sha256sum)
+"$distill" teacher-dump config.yaml >again.log
+[ "$before" = "$(find logits -type f | sort | xargs sha256sum)" ] || fail "a second teacher-dump changed the dataset"
+grep -q 'all .* shards are sealed' again.log || fail "a second teacher-dump does not say that all is done"
+
+"$distill" train config.yaml --set run.dir=run >train.log
+grep -q 'held-out at step 12' train.log || fail "no held-out evaluation: $(tail -3 train.log)"
+[ "$(wc -l <run/metrics.jsonl)" -ge 12 ] || fail "metrics.jsonl has $(wc -l <run/metrics.jsonl) lines"
+ls run/events.out.tfevents.* >/dev/null || fail "no TensorBoard events"
+first=$(grep -m1 -o '"train/kd": *[0-9.]*' run/metrics.jsonl | grep -o '[0-9.]*$') last=$(grep '"train/kd"' run/metrics.jsonl | tail -1 | grep -o '"train/kd": *[0-9.]*' | grep -o '[0-9.]*$')
+awk -v a="$first" -v b="$last" 'BEGIN { exit !(b < a) }' || fail "the KD loss did not fall: $first to $last"
+
+"$distill" eval config.yaml --set run.dir=run --set eval.json=eval.json >eval.log
+grep -qi 'retained' eval.log && grep -q '"' eval.json || fail "eval: $(cat eval.log)"
+"$distill" generate config.yaml --set run.dir=run --set generate.max_tokens=8 --prompt 'the small' >text.log 2>/dev/null
+[ -s text.log ] || fail "generate wrote nothing"
+"$distill" export config.yaml --set run.dir=run --set export.path=exported >export.log
+[ -s exported/model.safetensors ] && [ -s exported/tokenizer.json ] || fail "export: $(cat export.log)"
+"$distill" inspect exported >inspect.log && grep -q Qwen2ForCausalLM inspect.log || fail "inspect: $(cat inspect.log)"
+"$distill" inspect logits --row 0 >row.log || fail "inspect --row"
+
+# other ways to begin: from the teacher's layers, from a directory; hard labels; full logits at another listed temperature
+"$distill" train config.yaml --set run.dir=run2 --set student.init=teacher --set student.keep_every=2 --set train.steps=3 --set train.recompute=block >run2.log || fail "student from the teacher"
+"$distill" train config.yaml --set run.dir=run3 --set student.init=hf --set student.path=exported --set train.steps=3 --set objective.temperature=2 --set objective.tail=renormalise >run3.log 2>run3.err || fail "student from a directory"
+grep -q 'is biased' run3.err || fail "renormalise does not warn"
+"$distill" teacher-dump config.yaml --set shards.path=full --set shards.kind=full >full.log || fail "full dump"
+for divergence in forward_kl reverse_kl jsd skew_kl tvd; do
+    "$distill" train config.yaml --set run.dir=run-$divergence --set shards.path=full --set objective.divergence=$divergence --set train.steps=3 >$divergence.log || fail "$divergence on full targets"
+done
+"$distill" train config.yaml --set run.dir=run4 --set objective.kd_weight=0 --set objective.ce_weight=1 --set train.steps=3 >run4.log || fail "hard labels from shards"
+"$distill" bench config.yaml --set bench.steps=1 --set bench.seconds=0 --set teacher.path= >bench.log || fail "bench"
+finish

@@ -1,0 +1,37 @@
+/* A tiny random model on the CPU backend, ready to run: what the tests of train/ start from. */
+#ifndef TESTS_TRAIN_FIXTURE_H
+#define TESTS_TRAIN_FIXTURE_H
+
+#include "train/model.h"
+#include "train/objective.h"
+#include "train/optimizer.h"
+
+struct fixture {
+    struct backend *be;
+    struct memory_plan *plan;
+    struct model_config *config;
+    struct model *model;
+    struct objective *objective;
+    struct optimizer *optimizer;
+};
+
+struct fixture_options {
+    const char *architecture;        /* "qwen2", "llama", "qwen3" */
+    bool tie;
+    int64_t rows, length, head_rows; /* N = rows * length; head_rows 0: all at once */
+    enum recompute recompute;
+    enum target_kind kind; int k;
+    struct distill_args loss;
+    uint64_t seed;
+};
+
+enum { FIXTURE_VOCAB = 61 };         /* not a multiple of anything */
+
+void fixture_open(struct fixture *f, const struct fixture_options *o);
+void fixture_close(struct fixture *f);
+/* Rows of random tokens with documents of the given lengths (0-terminated, must fill a row); top-k targets of a random teacher when k > 0. */
+struct batch *fixture_batch(int64_t rows, int64_t length, const int *documents, int k, uint64_t seed);
+/* Zero gradients, forward, objective, backward; returns the loss sums divided by `targets`, gradients downloaded into grads (malloc'd, total floats). */
+float *fixture_gradients(struct fixture *f, const struct batch *b, double targets, double *kd, double *ce);
+
+#endif

@@ -1,0 +1,221 @@
+/* distill inspect PATH: finds out what PATH is and has it read by who knows it. Owns the report, and the listing of single files
+ * (safetensors headers). */
+#include "train/inspect.h"
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+#include <utf8proc.h>
+
+#include "base/error.h"
+#include "base/file.h"
+#include "data/safetensors.h"
+#include "train/command.h"
+
+/* ---- the report ---- */
+
+enum { LABEL_WIDTH = 24 };
+
+void report_section(struct report *r, const char *key, const char *title)
+{
+    r->section = json_object();
+    json_object_set_new(r->root, key, r->section);
+    if (!r->json) printf("%s%s\n", r->sections++ ? "\n" : "", title);
+}
+
+void report_line(struct report *r, const char *key, json_t *value, const char *label, const char *fmt, ...)
+{
+    if (value) json_object_set_new(r->section, key, value);
+    if (r->json) return;
+    va_list ap;
+    va_start(ap, fmt);
+    printf("  %-*s", LABEL_WIDTH, label);
+    vprintf(fmt, ap);
+    putchar('\n');
+    va_end(ap);
+}
+
+void report_int(struct report *r, const char *key, const char *label, int64_t value) { report_line(r, key, json_integer(value), label, "%lld", (long long)value); }
+void report_text(struct report *r, const char *key, const char *label, const char *value) { report_line(r, key, json_string(value), label, "%s", value); }
+
+const char *bytes_text(int64_t bytes)
+{
+    static _Thread_local char text[4][32];
+    static _Thread_local int next;
+    static const char *const unit[] = {"B", "KiB", "MiB", "GiB", "TiB"};
+    char *t = text[next++ & 3];
+    double v = (double)bytes;
+    int u = 0;
+    while (v >= 1024 && u < 4) { v /= 1024; u++; }
+    snprintf(t, 32, u ? "%.2f %s" : "%.0f %s", v, unit[u]);
+    return t;
+}
+
+char *escaped(const char *bytes, size_t n)
+{
+    char *text = xmalloc(4 * n + 1), *out = text;
+    for (size_t i = 0; i < n;) {
+        utf8proc_int32_t c;
+        utf8proc_ssize_t length = utf8proc_iterate((const utf8proc_uint8_t *)bytes + i, (utf8proc_ssize_t)(n - i), &c);
+        const char *named = length == 1 ? strchr("\nn\tt\rr\\\\\"\"", c) : NULL;
+        if (named && *named && (named - "\nn\tt\rr\\\\\"\"") % 2 == 0) { *out++ = '\\'; *out++ = named[1]; i++; continue; }
+        utf8proc_category_t category = length > 0 ? utf8proc_category(c) : UTF8PROC_CATEGORY_CC;
+        if (category == UTF8PROC_CATEGORY_CC || category == UTF8PROC_CATEGORY_CF || category == UTF8PROC_CATEGORY_CN || category == UTF8PROC_CATEGORY_CO ||
+            category == UTF8PROC_CATEGORY_ZL || category == UTF8PROC_CATEGORY_ZP) {
+            for (utf8proc_ssize_t k = length > 0 ? length : 1; k > 0; k--) out += sprintf(out, "\\x%02x", (unsigned char)bytes[i++]);
+            continue;
+        }
+        memcpy(out, bytes + i, (size_t)length);
+        out += length;
+        i += (size_t)length;
+    }
+    *out = 0;
+    return text;
+}
+
+int display_width(const char *utf8)
+{
+    int width = 0;
+    for (const char *p = utf8; *p;) {
+        utf8proc_int32_t c;
+        utf8proc_ssize_t n = utf8proc_iterate((const utf8proc_uint8_t *)p, -1, &c);
+        width += n > 0 ? utf8proc_charwidth(c) : 1;
+        p += n > 0 ? n : 1;
+    }
+    return width;
+}
+
+/* ---- single files ---- */
+
+static int inspect_safetensors(struct report *r, const char *path)
+{
+    struct tensor_set *set = NULL;
+    int rc = OK;
+    TRY(tensor_set_open(&set, path));
+    int64_t elements = 0, bytes = 0;
+    int n = tensor_set_count(set), widest = 6;
+    report_section(r, "tensors", path);
+    for (int i = 0; i < n; i++) if ((int)strlen(tensor_set_at(set, i)->name) > widest) widest = (int)strlen(tensor_set_at(set, i)->name);
+    for (int i = 0; i < n; i++) {
+        const struct tensor_view *v = tensor_set_at(set, i);
+        json_t *shape = json_array();
+        char text[TENSOR_MAX_DIMS * 24] = "", *at = text;
+        for (int d = 0; d < v->n_dims; d++) {
+            json_array_append_new(shape, json_integer(v->shape[d]));
+            at += sprintf(at, "%s%lld", d ? ", " : "", (long long)v->shape[d]);
+        }
+        json_object_set_new(r->section, v->name, json_pack("{s:s, s:o, s:I}", "dtype", dtype_name(v->dtype), "shape", shape, "bytes", (json_int_t)v->bytes));
+        if (!r->json) printf("  %-*s  %-7s  [%s]  %s\n", widest, v->name, dtype_name(v->dtype), text, bytes_text((int64_t)v->bytes));
+        elements += v->count;
+        bytes += (int64_t)v->bytes;
+    }
+    report_section(r, "total", "total");
+    report_int(r, "tensors", "tensors", n);
+    report_int(r, "elements", "elements", elements);
+    report_line(r, "bytes", json_integer(bytes), "bytes", "%lld (%s)", (long long)bytes, bytes_text(bytes));
+out:
+    tensor_set_close(set);
+    return rc;
+}
+
+/* ---- what is it? ---- */
+
+static bool ends_with(const char *text, const char *end)
+{
+    size_t n = strlen(text), m = strlen(end);
+    return n >= m && !strcmp(text + n - m, end);
+}
+
+static bool holds(const char *dir, const char *name)
+{
+    char *path = path_join(dir, name);
+    bool found = path_exists(path);
+    free(path);
+    return found;
+}
+
+/* .../shards/shard-NNNNNN.h5 -> the dataset's directory and NNNNNN */
+static bool is_shard(const char *path, char **dir, int64_t *shard)
+{
+    const char *name = strrchr(path, '/');
+    name = name ? name + 1 : path;
+    long long n;
+    int end = 0;
+    if (sscanf(name, "shard-%6lld.h5%n", &n, &end) != 1 || end != 15 || name[end] || n < 0) return false;
+    *shard = n;
+    *dir = name == path ? xstrdup("..") : xasprintf("%.*s..", (int)(name - path), path);
+    return true;
+}
+
+static int inspect_path(struct report *r, const struct inspect_options *o)
+{
+    const char *path = o->path;
+    char *dir = NULL;
+    int64_t shard;
+    int rc;
+    if (!path_exists(path)) return fail(ERR_IO, "%s: no such file or directory", path);
+    if (path_is_dir(path) && holds(path, "manifest.json")) return inspect_dataset(r, o, path, -1);
+    if (!path_is_dir(path) && is_shard(path, &dir, &shard)) {
+        rc = inspect_dataset(r, o, dir, shard);
+        free(dir);
+        return rc;
+    }
+    if (o->row >= 0) return fail(ERR_USAGE, "%s: --row needs a dataset of shards or one of its shard files", path);
+    if (path_is_dir(path) && holds(path, "config.json")) return inspect_model(r, o);
+    if (path_is_dir(path) && holds(path, "checkpoints"))
+        return fail(ERR_USAGE, "%s is the directory of a run; inspect one of its checkpoints, %s/checkpoints/step-NNNNNNNN", path, path);
+    if (ends_with(path, ".safetensors")) return inspect_safetensors(r, path);
+    return fail(ERR_USAGE, "%s is none of what inspect reads: a model directory (config.json), a dataset (manifest.json), a shard (shard-NNNNNN.h5), a .safetensors file", path);
+}
+
+static void print_help(void)
+{
+    printf("distill inspect PATH [--row R] [--top N] [--tokenizer DIR] [--json]\n\n"
+           "Reads and validates everything in PATH and says what is in it. PATH is\n"
+           "  a model directory or a checkpoint: architecture, parameters, types, tokenizer; every value is read, NaN and Inf are counted (exit code 5)\n"
+           "  a dataset of logit shards, or one shard file: identity, rows, bytes per token, percentiles of the kept mass\n"
+           "  a .safetensors file: its tensors\n\n"
+           "  --row R          show row R of a dataset: every token, whether it is supervised, what the teacher expected next\n"
+           "  --top N          teacher choices shown per position, default 5\n"
+           "  --tokenizer DIR  tokenizer.json or its directory, to show tokens as text; without it they are ids\n"
+           "  --json           one JSON object instead of text\n\n"
+           "Examples:\n    distill inspect run/checkpoints/step-00002000\n    distill inspect logits --row 3 --tokenizer teacher\n");
+}
+
+static int parse_int(const char *flag, const char *value, int64_t low, int64_t high, int64_t *out)
+{
+    char *end;
+    long long v = strtoll(value, &end, 10);
+    if (end == value || *end || v < low || v > high) return fail(ERR_USAGE, "%s %s: is not a whole number from %lld to %lld", flag, value, (long long)low, (long long)high);
+    *out = v;
+    return OK;
+}
+
+int command_inspect(int argc, char **argv)
+{
+    struct inspect_options o = {.row = -1, .top = 5};
+    struct report r = {.root = json_object()};
+    int64_t top;
+    int rc = OK;
+    for (int i = 1; i < argc; i++) {
+        const char *a = argv[i], *value = i + 1 < argc ? argv[i + 1] : NULL;
+        if (!strcmp(a, "--help") || !strcmp(a, "-h")) { print_help(); goto out; }
+        else if (!strcmp(a, "--json")) r.json = true;
+        else if (a[0] != '-' && !o.path) o.path = a;
+        else if (a[0] != '-') { rc = fail(ERR_USAGE, "takes one path; %s is a second one", a); goto out; }
+        else if (!value) { rc = fail(ERR_USAGE, "%s is unknown or needs a value; see distill inspect --help", a); goto out; }
+        else if (!strcmp(a, "--row")) { TRY(parse_int(a, value, 0, INT64_MAX, &o.row)); i++; }
+        else if (!strcmp(a, "--top")) { TRY(parse_int(a, value, 1, 256, &top)); o.top = (int)top; i++; }
+        else if (!strcmp(a, "--tokenizer")) { o.tokenizer = value; i++; }
+        else { rc = fail(ERR_USAGE, "unknown option %s; see distill inspect --help", a); goto out; }
+    }
+    if (!o.path) { rc = fail(ERR_USAGE, "no path given; see distill inspect --help"); goto out; }
+    rc = inspect_path(&r, &o);
+    if (r.json && json_object_size(r.root)) {            /* what was found before a failure is worth reading */
+        json_dumpf(r.root, stdout, JSON_INDENT(2) | JSON_REAL_PRECISION(9));
+        putchar('\n');
+    }
+out:
+    json_decref(r.root);
+    return rc;
+}
