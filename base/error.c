@@ -7,6 +7,12 @@
 
 static _Thread_local char message[4096];
 
+/* Names come from files that nobody vouched for: no control character of theirs reaches the terminal. */
+static void make_printable(char *s)
+{
+    for (; *s; s++) if ((unsigned char)*s < ' ' || *s == 127) *s = '?';
+}
+
 const char *fail_message(void) { return message; }
 
 int fail(int status, const char *fmt, ...)
@@ -17,6 +23,7 @@ int fail(int status, const char *fmt, ...)
     vsnprintf(text, sizeof text, fmt, ap);
     va_end(ap);
     memcpy(message, text, sizeof message);
+    make_printable(message);
     return status;
 }
 
@@ -29,6 +36,7 @@ int fail_errno(int status, const char *fmt, ...)
     vsnprintf(text, sizeof text, fmt, ap);
     va_end(ap);
     snprintf(message, sizeof message, "%s: %s", text, strerror(error));
+    make_printable(message);
     return status;
 }
 

@@ -1,6 +1,7 @@
 /* See json.h. */
 #include "base/json.h"
 
+#include <math.h>
 #include <string.h>
 
 #include "base/error.h"
@@ -9,6 +10,8 @@
 int json_read_text(const char *text, size_t bytes, const char *name, json_t **root)
 {
     json_error_t e;
+    *root = NULL;
+    if (memchr(text, 0, bytes)) return fail(ERR_INPUT, "%s: not valid JSON: it contains a NUL byte", name);   /* jansson would skip one behind a number */
     *root = json_loadb(text, bytes, JSON_REJECT_DUPLICATES | JSON_DECODE_ANY, &e);
     if (!*root) return fail(ERR_INPUT, "%s: not valid JSON: line %d, column %d: %s", name, e.line, e.column, e.text);
     return OK;
@@ -33,8 +36,15 @@ char *json_canonical(const json_t *value)
 
 int json_write_file(const char *path, const json_t *value)
 {
-    char *text = json_dumps(value, JSON_INDENT(2) | JSON_ENCODE_ANY);
+    /* 15 digits keep what a person wrote (1e-06, not 9.9999999999999995e-07); 17 when a number needs them */
+    char *text = json_dumps(value, JSON_INDENT(2) | JSON_ENCODE_ANY | JSON_REAL_PRECISION(15));
     CHECK(text, "JSON value for %s cannot be written", path);
+    json_t *again = json_loads(text, JSON_DECODE_ANY, NULL);
+    if (!json_equal(again, value)) {
+        free(text);
+        text = json_dumps(value, JSON_INDENT(2) | JSON_ENCODE_ANY | JSON_REAL_PRECISION(17));
+    }
+    json_decref(again);
     char *line = xasprintf("%s\n", text);
     int rc = file_replace(path, line, strlen(line));
     free(line);
@@ -52,7 +62,8 @@ int json_get_int(const json_t *o, const char *key, const char *where, int64_t fa
     const json_t *v = json_object_get(o, key);
     *value = fallback;
     if (!v || json_is_null(v)) return OK;
-    if (json_is_real(v) && json_real_value(v) == (double)(int64_t)json_real_value(v)) *value = (int64_t)json_real_value(v);
+    double real = json_is_real(v) ? json_real_value(v) : 0.5;
+    if (fabs(real) < 0x1p53 && real == floor(real)) *value = (int64_t)real;
     else if (json_is_integer(v)) *value = json_integer_value(v);
     else return wrong(where, key, "an integer");
     return OK;

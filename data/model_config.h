@@ -46,7 +46,8 @@ struct model_config {
 
 /* `path`: a config.json or a directory holding one. ERR_INPUT names the key. */
 int  model_config_read(struct model_config **out, const char *path);
-int  model_config_from_json(struct model_config **out, json_t *json, const char *name);   /* takes a reference */
+/* `name` is for messages. Keeps a reference of its own; the caller's stays the caller's. */
+int  model_config_from_json(struct model_config **out, json_t *json, const char *name);
 void model_config_free(struct model_config *c);         /* NULL-safe */
 /* config.json for these dimensions: `c->json` with the keys of the struct set to it (layers, layer_types, torch_dtype = dtype,
  * "float32", "bfloat16", "float16"); rope is written in both spellings so that transformers 4 and 5 and llama.cpp read the same. New reference. */
@@ -59,7 +60,13 @@ void rope_inverse_frequencies(const struct model_config *c, double *inv_freq, do
 int64_t model_config_parameters(const struct model_config *c);
 /* 2 * (weights in products) + attention at half the square, per token, forward (background: performance, section 1). */
 double model_config_forward_flops(const struct model_config *c, int64_t sequence);
-/* SHA-256 of the keys that change the maths, for binding shards to a teacher. */
+/* SHA-256 of the keys that change the maths, for binding shards to a teacher: not the spelling of the file, not token ids, not
+ * max_position. */
 void model_config_hash(const struct model_config *c, char hex[65]);
+
+/* rope_config.c, for model_config.c. Reads rope_theta, rope_scaling, rope_parameters, original_max_position_embeddings and
+ * partial_rotary_factor of `config`; writes the same keys, replacing what is there. */
+int  rope_config_read(struct rope_config *r, const json_t *config, enum architecture arch, int64_t max_position, const char *name);
+void rope_config_write(const struct rope_config *r, json_t *config);
 
 #endif

@@ -3,7 +3,8 @@
  * Files are mapped read-only; headers are untrusted input and are checked completely (length, UTF-8, duplicate keys,
  * shapes times width = bytes without overflow, no holes, no overlaps, no byte left over) before a tensor is handed out.
  * Format: huggingface/safetensors README and its validator; index rules: file names are plain, [A-Za-z0-9._-]+.safetensors,
- * opened relative to the directory, never through a link out of it.
+ * opened relative to the directory, never through a link out of it, but for the links of a Hugging Face cache from
+ * snapshots/REVISION to blobs; tensors and index agree exactly.
  */
 #ifndef DATA_SAFETENSORS_H
 #define DATA_SAFETENSORS_H
@@ -31,7 +32,8 @@ struct tensor_view {
 
 struct tensor_set;                                /* sorted by name */
 
-/* `path`: a .safetensors file, or a directory with model.safetensors or model.safetensors.index.json.
+/* `path`: a .safetensors file, or a directory with model.safetensors or model.safetensors.index.json; where both are there the
+ * first is read, as transformers does.
  * ERR_INPUT names file, tensor and fault; ERR_IO when it cannot be read. */
 int  tensor_set_open(struct tensor_set **out, const char *path);
 void tensor_set_close(struct tensor_set *s);      /* NULL-safe; unmaps */
@@ -46,7 +48,7 @@ void tensor_set_hash(const struct tensor_set *s, char hex[65]);
 /* `count` elements from element `first` on, converted to float (exact for F32, F16, BF16; other dtypes are ERR_INPUT by name). */
 int tensor_to_float(const struct tensor_view *t, int64_t first, int64_t count, float *out);
 
-/* Writing. Tensors are written in the order safetensors itself uses (descending alignment of dtype, then name), the header
+/* Writing. Tensors are written in the order safetensors itself uses (its list of dtypes backwards, then name), the header
  * padded to 8 with spaces. The file appears under its name only when complete and synced. */
 struct tensor_spec {
     const char *name;
@@ -55,13 +57,15 @@ struct tensor_spec {
     int64_t shape[TENSOR_MAX_DIMS];
     void *user;                                   /* for the callback */
 };
-/* Fills `bytes` bytes of tensor `spec` starting at byte `offset` of it into `out`. Called in order. */
+/* Fills `bytes` (at most 8 MiB, whole elements) of tensor `spec` starting at byte `offset` of it into `out`. Called in the order
+ * of writing; a status other than OK ends the write and is passed on. */
 typedef int tensor_fill(void *context, const struct tensor_spec *spec, size_t offset, size_t bytes, void *out);
 /* One file. `metadata` is NULL-terminated pairs key, value, ... or NULL. */
 int safetensors_write(const char *path, const struct tensor_spec *specs, int n, const char *const *metadata,
                       tensor_fill *fill, void *context);
 /* model.safetensors in `dir`, or model-00001-of-0000N.safetensors and an index when the total exceeds max_file_bytes
- * (0: never split). Same order and metadata {"format": "pt"} as transformers writes. */
+ * (0: never split). Split in the order of `specs`; names, bytes and metadata {"format": "pt"} as transformers writes them.
+ * ERR_USAGE when `dir` already holds a model. */
 int safetensors_write_dir(const char *dir, const struct tensor_spec *specs, int n, size_t max_file_bytes,
                           tensor_fill *fill, void *context);
 

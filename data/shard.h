@@ -18,7 +18,8 @@
 #include "base/hash.h"
 
 enum shard_kind { SHARD_TOPK, SHARD_FULL, SHARD_HYBRID, SHARD_SAMPLED, SHARD_KIND_COUNT };   /* hybrid, sampled: named in the format, refused by this version */
-enum { SHARD_MAX_TEMPERATURES = 8, SHARD_MAX_K = 256, SHARD_ID_BITS = 18 };
+enum { SHARD_MAX_TEMPERATURES = 8, SHARD_MAX_K = 256, SHARD_ID_BITS = 18, SHARD_MAX_VOCAB = 1 << SHARD_ID_BITS,
+       SHARD_MAX_LENGTH = 1 << 20, SHARD_MAX_SHARDS = 1000000 };
 const char *shard_kind_name(enum shard_kind kind);
 
 /* What the manifest pins. */
@@ -30,31 +31,34 @@ struct shard_manifest {
     int32_t valid_vocab;                        /* ids 0 .. valid_vocab-1 take part in the softmax */
     int32_t teacher_vocab;                      /* columns of the teacher's head */
     uint64_t seed;
-    char teacher_config_hash[SHA256_HEX], teacher_weights_hash[SHA256_HEX], tokenizer_hash[SHA256_HEX], corpus_hash[SHA256_HEX];
+    char teacher_config_hash[SHA256_HEX], teacher_weights_hash[SHA256_HEX], tokenizer_hash[SHA256_HEX], corpus_hash[SHA256_HEX];   /* "": not known */
     char packing[128];                          /* one line that says how rows were made */
-    char teacher_name[256];                     /* for people */
+    char teacher_name[256];                     /* for people: the one key in which a run that goes on may differ */
     int64_t text_bytes;                         /* corpus_rows.bytes */
 };
 
-/* One row as it is stored; pointers into the caller's arrays. NULL where the kind has no such field. */
+/* One row; pointers into the caller's arrays, NULL where the kind has no such field. Positions that are not supervised must hold finite
+ * values and ids below valid_vocab, zeros for instance. What a row must fulfil is in FORMAT.md, "What a reader checks". */
 struct shard_row {
     uint32_t *tokens;        /* [L] */
     uint8_t  *loss_mask;     /* [L] */
     uint16_t *document;      /* [L] */
     float    *lse;           /* [L, nT] log-sum-exp of t/T over the valid ids */
     float    *tail;          /* [L, nT] log of the mass outside the head at every listed T, from the full logits; -INFINITY when the head holds everything (topk) */
-    uint16_t *entropy;       /* [L] f16, nats, at temperatures[0] */
+    uint16_t *entropy;       /* [L] f16, nats, at temperatures[0]; not negative */
     uint16_t *label_logprob; /* [L] f16, log p(token t+1) at temperatures[0]; 0 where there is no next token in the document */
     uint32_t *head_ids;      /* [L, K] unpacked (topk) */
     uint16_t *head_logprob;  /* [L, K] f16, descending (topk) */
-    uint16_t *logits;        /* [L, V] f16, t / temperatures[0] minus the row maximum is NOT subtracted: as they are (full) */
+    uint16_t *logits;        /* [L, V] f16, t / temperatures[0], the valid ids only, nothing subtracted (full) */
+    uint8_t  *packed;        /* scratch of shard_dataset_read for packed ids; shard_row_alloc makes it, put does not use it */
 };
 
 /* ---- writing ---- */
 struct shard_writer;
 /* Opens or creates the dataset. An existing manifest that differs is ERR_MISMATCH naming the first key and both values. Leftover temporary files
  * of dead writers are removed, files without a journal line are adopted after full verification or quarantined. Takes an
- * exclusive lock that dies with the process (a second writer is ERR_IO with its pid). Probes that the directory can be written and renamed in. */
+ * exclusive lock that dies with the process (a second writer is ERR_IO with its pid). Probes that the directory can be written and renamed in.
+ * A journalled shard whose file is absent or of another size is ERR_INPUT. A quarantined file is reported with warn(). */
 int  shard_writer_open(struct shard_writer **out, const char *dir, const struct shard_manifest *m);
 void shard_writer_close(struct shard_writer *w);                   /* drops the shard in progress; NULL-safe */
 int64_t shard_writer_next_shard(const struct shard_writer *w);     /* first gap; number of shards when complete */
@@ -62,7 +66,8 @@ int64_t shard_count(const struct shard_manifest *m);
 int64_t shard_first_row(const struct shard_manifest *m, int64_t shard);
 int64_t shard_rows(const struct shard_manifest *m, int64_t shard); /* the last one may be shorter */
 size_t  shard_bytes(const struct shard_manifest *m, int64_t shard);/* memory and (nearly) file size */
-/* Starts shard `n`; then exactly shard_rows() calls of put, in row order, then seal. put copies. */
+/* Starts shard `n`, not sealed yet; then exactly shard_rows() calls of put, in row order, then seal. put copies, and checks the row as a reader
+ * will: NaN, Inf, mass that is not 1, ids out of range are ERR_NUMERIC. A failed seal leaves no file; the writer then has to be opened again. */
 int shard_writer_begin(struct shard_writer *w, int64_t shard);
 int shard_writer_put(struct shard_writer *w, const struct shard_row *row);
 int shard_writer_seal(struct shard_writer *w);
@@ -76,15 +81,19 @@ const struct shard_manifest *shard_dataset_manifest(const struct shard_dataset *
 const char *shard_dataset_id(const struct shard_dataset *d);       /* hex */
 /* Reads journal lines that were appended since; *sealed = number of sealed shards. Cheap when nothing changed. */
 int  shard_dataset_refresh(struct shard_dataset *d, int64_t *sealed);
+/* Every sealed shard's file is there with the size the journal gives; files already looked at are skipped. ERR_INPUT names the first fault. */
+int  shard_dataset_check_files(struct shard_dataset *d);
 bool shard_dataset_has(const struct shard_dataset *d, int64_t shard);
-/* Reads row `row` (0 .. rows-1 of the dataset) into preallocated arrays; verifies size on first touch of a file and the row's CRC and
- * ranges always. SHA-256 of the whole file is verified on first touch when `verify_first_touch` was set. Thread-safe. ERR_INPUT names file and row. */
+/* Reads row `row` (0 .. rows-1 of the dataset) into arrays of shard_row_alloc; verifies size and structure on first touch of a file and the row's CRC
+ * and ranges always. SHA-256 of the whole file is verified before the first touch when verify_on_touch was set. Thread-safe.
+ * ERR_INPUT names file and row; ERR_MISMATCH: a shard of another dataset; ERR_IO: the disk gives different bytes each time. */
 int  shard_dataset_read(struct shard_dataset *d, int64_t row, struct shard_row *out);
 void shard_dataset_verify_on_touch(struct shard_dataset *d, bool on);
 /* Re-reads every sealed shard: SHA-256, structure, CRCs, ranges. Prints nothing; ERR_INPUT with the first fault. */
 int  shard_dataset_verify(struct shard_dataset *d);
-struct shard_entry { int64_t shard, rows, tokens, bytes; char sha256[SHA256_HEX]; };
-int64_t shard_dataset_entries(const struct shard_dataset *d, const struct shard_entry **entries);   /* sealed, in journal order */
+struct shard_entry { int64_t shard, rows, tokens /* rows * L */, targets /* supervised */, bytes; char sha256[SHA256_HEX]; };
+int64_t shard_dataset_entries(const struct shard_dataset *d, const struct shard_entry **entries);   /* sealed, in journal order; valid until a refresh */
+char *shard_dataset_path(const struct shard_dataset *d, int64_t shard);                              /* malloc'd */
 
 /* Arrays for one row of this manifest; free with shard_row_free. */
 void shard_row_alloc(struct shard_row *row, const struct shard_manifest *m);

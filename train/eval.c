@@ -417,7 +417,7 @@ static void format_cell(const struct eval *e, enum cell line, const struct colum
     case CELL_PARAMETERS: snprintf(text, 32, "%lld", (long long)c->parameters); break;
     case CELL_RATIO:      snprintf(text, 32, "%.4f", (double)c->parameters / (double)t->parameters); break;
     case CELL_LOSS:       snprintf(text, 32, "%.4f +- %.4f", r->loss, r->loss_error); break;
-    case CELL_PERPLEXITY: snprintf(text, 32, "%.4g", exp(r->loss)); break;
+    case CELL_PERPLEXITY: snprintf(text, 32, "%.5g", exp(r->loss)); break;
     case CELL_BITS:       if (e->bytes) snprintf(text, 32, "%.4f", bits_per_byte(e, r)); else strcpy(text, "-"); break;
     case CELL_TOP1:       snprintf(text, 32, "%.2f +- %.2f", 100 * r->top1, 100 * share_error(r->top1, r->positions)); break;
     case CELL_TOP5:       snprintf(text, 32, "%.2f +- %.2f", 100 * r->top5, 100 * share_error(r->top5, r->positions)); break;

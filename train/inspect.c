@@ -53,12 +53,13 @@ const char *bytes_text(int64_t bytes)
 
 char *escaped(const char *bytes, size_t n)
 {
+    static const char names[] = "\nn\tt\rr\\\\\"\"";         /* a byte, then the letter it is written with */
     char *text = xmalloc(4 * n + 1), *out = text;
     for (size_t i = 0; i < n;) {
         utf8proc_int32_t c;
         utf8proc_ssize_t length = utf8proc_iterate((const utf8proc_uint8_t *)bytes + i, (utf8proc_ssize_t)(n - i), &c);
-        const char *named = length == 1 ? strchr("\nn\tt\rr\\\\\"\"", c) : NULL;
-        if (named && *named && (named - "\nn\tt\rr\\\\\"\"") % 2 == 0) { *out++ = '\\'; *out++ = named[1]; i++; continue; }
+        const char *named = length == 1 && c ? strchr(names, c) : NULL;
+        if (named && (named - names) % 2 == 0) { *out++ = '\\'; *out++ = named[1]; i++; continue; }
         utf8proc_category_t category = length > 0 ? utf8proc_category(c) : UTF8PROC_CATEGORY_CC;
         if (category == UTF8PROC_CATEGORY_CC || category == UTF8PROC_CATEGORY_CF || category == UTF8PROC_CATEGORY_CN || category == UTF8PROC_CATEGORY_CO ||
             category == UTF8PROC_CATEGORY_ZL || category == UTF8PROC_CATEGORY_ZP) {
@@ -140,10 +141,12 @@ static bool is_shard(const char *path, char **dir, int64_t *shard)
     const char *name = strrchr(path, '/');
     name = name ? name + 1 : path;
     long long n;
-    int end = 0;
+    int end = 0, before = (int)(name - path);
     if (sscanf(name, "shard-%6lld.h5%n", &n, &end) != 1 || end != 15 || name[end] || n < 0) return false;
     *shard = n;
-    *dir = name == path ? xstrdup("..") : xasprintf("%.*s..", (int)(name - path), path);
+    if (before == 7 && !strncmp(path, "shards/", 7)) *dir = xstrdup(".");
+    else if (before > 8 && !strncmp(name - 8, "/shards/", 8)) *dir = xasprintf("%.*s", before - 8, path);
+    else *dir = xasprintf("%.*s..", before, path);
     return true;
 }
 

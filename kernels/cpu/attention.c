@@ -14,7 +14,8 @@ static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 /* floats of scratch per thread: two transposed tiles, two score tiles, two accumulators, and do.o of a document's query heads */
 static size_t scratch_floats(int D, int group, int64_t max_doc) { return (size_t)(4 * TILE * D + 2 * TILE * TILE) + (size_t)group * (size_t)max_doc; }
 
-size_t cpu_attention_scratch(const struct op_limits *l) { return thread_scratch_bytes(scratch_floats(l->D, l->Hq / l->Hkv, l->max_doc)); }
+/* The limits may be those of several models: their largest group is at most Hq. */
+size_t cpu_attention_scratch(const struct op_limits *l) { return thread_scratch_bytes(scratch_floats(l->D, l->Hq, l->max_doc)); }
 
 /* t[d][j] = x[j][d] for `rows` rows; columns past them are zero */
 static void transpose_tile(float *t, const float *x, int64_t stride, int64_t rows, int D)

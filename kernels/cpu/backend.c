@@ -46,7 +46,7 @@ static void cpu_fill_zero(struct backend *be, void *p, size_t bytes)
 static size_t cpu_scratch_bytes(struct backend *be, const struct op_limits *l)
 {
     (void)be;
-    size_t attention = cpu_attention_scratch(l), rows = thread_scratch_bytes((size_t)(2 * l->V)), sums = (size_t)1 << 16;
+    size_t attention = cpu_attention_scratch(l), rows = thread_scratch_bytes(cpu_row_scratch(l->V, l->K)), sums = (size_t)1 << 16;
     size_t most = attention > rows ? attention : rows;
     return most > sums ? most : sums;
 }

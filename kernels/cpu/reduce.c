@@ -42,10 +42,9 @@ float row_max(const float *x, int64_t n)
 
 double row_log_sum_exp(const float *x, int64_t n, float scale)
 {
-    float m = row_max(x, n) * scale;
+    double m = (double)row_max(x, n) * scale, s = 0;
     if (!(m > -INFINITY)) return -INFINITY;
-    double s = 0;
     #pragma omp simd reduction(+ : s)
-    for (int64_t i = 0; i < n; i++) s += (double)exp_fp32(x[i] * scale - m);
-    return (double)m + log(s);
+    for (int64_t i = 0; i < n; i++) s += (double)exp_fp32((float)((double)x[i] * scale - m));
+    return m + log(s);
 }

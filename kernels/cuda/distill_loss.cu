@@ -31,6 +31,7 @@ __global__ void __launch_bounds__(THREADS, 2) distill_truncated_kernel(T *logits
 {
     extern __shared__ float head_z[];
     __shared__ int label_in_head;
+    __shared__ struct { double lse, lse1, rest, q_weight, scale_p, a; } kept;      /* what the last lines need: not worth registers during the loops */
     int64_t n = blockIdx.x;
     T *row = logits + n * V;
     int label = t.labels[n], K = t.kind == TARGET_TOPK ? t.K : 0;
@@ -41,7 +42,8 @@ __global__ void __launch_bounds__(THREADS, 2) distill_truncated_kernel(T *logits
     }
     const int32_t *ids = t.head_ids + n * K;
     const float *logp = t.head_logprob + n * K;
-    double inv_T = 1.0 / k.temperature, z_label = to_float(row[label]);
+    double inv_T = 1.0 / k.temperature;
+    float z_label = to_float(row[label]);
     float c = 1 / k.temperature * LOG2E;
 
     if (threadIdx.x == 0) label_in_head = 0;
@@ -120,6 +122,7 @@ __global__ void __launch_bounds__(THREADS, 2) distill_truncated_kernel(T *logits
         a2 = 0;
     }
     float c1 = one ? LOG2E : c;
+    if (threadIdx.x == 0) kept = {lse, lse1, rest[0], q_weight, scale_p, a};
     if (a2 == 0)
         for_each_vector<T, W, 4, true>(row, Vv, [&](float (&x)[W], int64_t j) {
             #pragma unroll
@@ -136,13 +139,13 @@ __global__ void __launch_bounds__(THREADS, 2) distill_truncated_kernel(T *logits
     __syncthreads();
     /* S, and the label */
     for (int i = threadIdx.x; i < K; i += THREADS) {
-        double g = 0;
-        if (k.kd != 0) g = k.kd * (q_weight * exp(head_z[i] * inv_T - lse) - exp((double)logp[i]) * scale_p);
-        if (k.ce != 0) g += k.ce * (ids[i] == label ? expm1(head_z[i] - lse1) : exp(head_z[i] - lse1));
+        double z = head_z[i], g = 0;
+        if (k.kd != 0) g = k.kd * (kept.q_weight * exp(z / k.temperature - kept.lse) - exp((double)logp[i]) * kept.scale_p);
+        if (k.ce != 0) g += k.ce * (ids[i] == label ? expm1(z - kept.lse1) : exp(z - kept.lse1));
         row[ids[i]] = from_float<T>((float)g);
     }
     if (threadIdx.x == 0 && !label_in_head && k.ce != 0)
-        row[label] = from_float<T>((float)((a != 0 ? a * exp(z_label * inv_T - rest[0]) : 0) + b * expm1(z_label - lse1)));
+        row[label] = from_float<T>((float)((kept.a != 0 ? kept.a * exp((double)z_label / k.temperature - kept.rest) : 0) + k.ce * expm1((double)z_label - kept.lse1)));
 }
 
 /* log(a + (1-a) e^d): through log1p and expm1 near d = 0, from the larger side elsewhere */

@@ -1,0 +1,86 @@
+/* What manifest.c, journal.c, shard.c and shard_write.c share: the layout of a shard, the two text files, one open shard file. */
+#ifndef DATA_SHARD_INTERNAL_H
+#define DATA_SHARD_INTERNAL_H
+
+#include <pthread.h>
+
+#include "base/error.h"
+#include "data/shard.h"
+
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "shards are little-endian and are read and written in place"
+#endif
+
+#define SHARD_FORMAT "distill-logit-shards"
+#define SHARD_REMEDY "restore it from a copy or dump into a new directory"
+enum { SHARD_VERSION = 1, SHARD_ALIGNMENT = 4096 };
+
+/* ---- manifest.c: manifest.json, and the layout that follows from it ---- */
+
+enum shard_type { SHARD_U8, SHARD_U16, SHARD_U32, SHARD_F16, SHARD_F32 };
+/* In the order in which a row's CRC runs over them. */
+enum shard_field { SHARD_TOKENS, SHARD_LOSS_MASK, SHARD_DOCUMENT, SHARD_LSE, SHARD_TAIL, SHARD_ENTROPY, SHARD_LABEL_LOGPROB,
+                   SHARD_IDS_LOW, SHARD_IDS_HIGH, SHARD_HEAD_LOGPROB, SHARD_LOGITS, SHARD_ROW_CRC, SHARD_FIELDS };
+struct shard_layout {
+    const char *name;            /* of the dataset; NULL: this kind has no such field */
+    enum shard_type type;
+    int     rank;                /* 1 .. 3, rows first */
+    int64_t dims[2];             /* of one row */
+    int64_t row_bytes;
+};
+/* layout[SHARD_FIELDS] for this manifest; the manifest was checked. */
+void shard_layout(const struct shard_manifest *m, struct shard_layout *layout);
+/* Ranges of every member; fails with `status`, naming `where`. */
+int manifest_check(const struct shard_manifest *m, const char *where, int status);
+/* Reads and checks dir/manifest.json; id is the SHA-256 of its bytes. */
+int manifest_read(const char *dir, struct shard_manifest *m, char id[SHA256_HEX]);
+int manifest_parse(const char *text, size_t bytes, const char *where, struct shard_manifest *m);
+int manifest_write(const char *dir, const struct shard_manifest *m);
+/* ERR_MISMATCH naming the first key that differs and both values; the teacher's name may differ. */
+int manifest_same(const char *where, const struct shard_manifest *file, const struct shard_manifest *want);
+
+/* ---- journal.c: journal.jsonl ---- */
+
+struct journal {
+    char *path;
+    char prev[SHA256_HEX];       /* hash of the last whole line; the dataset id before the first */
+    int64_t offset, torn;        /* bytes parsed; bytes of an unfinished last line after them */
+    struct shard_entry *entries;
+    int64_t n, room;
+    int32_t *entry_of;           /* [shard_count] index + 1 into entries, 0: not sealed */
+};
+void journal_init(struct journal *j, const char *dir, const struct shard_manifest *m, const char *id);
+void journal_free(struct journal *j);
+/* Parses what was appended since the last call. ERR_INPUT: a broken line; ERR_MISMATCH: one shard twice with different content. */
+int journal_refresh(struct journal *j, const struct shard_manifest *m);
+/* `fd` is open for appending. One write, one fsync. */
+int journal_append(struct journal *j, int fd, const struct shard_entry *e);
+static inline const struct shard_entry *journal_find(const struct journal *j, int64_t shard)
+{
+    return j->entry_of[shard] ? &j->entries[j->entry_of[shard] - 1] : NULL;
+}
+
+/* ---- shard.c: one shard file ---- */
+
+struct shard_file {
+    char *path;
+    int fd;
+    int64_t shard, bytes;
+    int64_t offset[SHARD_FIELDS];   /* where a field's data begins */
+};
+char *shard_path(const char *dir, int64_t shard);
+/* Opens the file, compares its size with `bytes` (-1: any) and its structure with the manifest. */
+int  shard_file_open(struct shard_file *f, const char *path, const struct shard_manifest *m, const char *id, int64_t shard, int64_t bytes);
+void shard_file_close(struct shard_file *f);
+int  shard_file_read(const struct shard_file *f, const struct shard_manifest *m, int64_t row /* within the shard */, bool deep, struct shard_row *out);
+/* Reads every row with every check; *targets = supervised positions. */
+int  shard_file_check_rows(const struct shard_file *f, const struct shard_manifest *m, int64_t *targets);
+/* Is this row what FORMAT.md says a row is? Fails with `status`, naming the position. deep: the mass at every temperature, not the first alone. */
+int  shard_row_check(const struct shard_manifest *m, const struct shard_row *r, bool deep, int status);
+uint32_t shard_row_crc_start(int64_t row);   /* over the row's number in the dataset: a row in another's place is not that row */
+/* libhdf5 is entered by one thread at a time, without plugins and without messages of its own. */
+void hdf5_enter(void);
+void hdf5_leave(void);
+int64_t hdf5_type(enum shard_type type);     /* an hid_t to close */
+
+#endif
