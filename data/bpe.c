@@ -287,11 +287,13 @@ out:
     return rc;
 }
 
-/* A long text of a model with U+2581 for spaces is one word. If no merge joins another character to a U+2581 after it,
- * the word falls apart in front of each U+2581, exactly; the pieces are short and cached. */
+/* A long text of a model with U+2581 for spaces is one word. If no merge joins another character to a U+2581 after it, and no
+ * character vanishes, the word falls apart in front of each U+2581 that follows another one, exactly; the pieces are short and cached. */
 static bool breaks_at_metaspace(const struct bpe *b)
 {
-    if (b->raw_bytes || b->ignore_merges || bpe_find(b, METASPACE, 3) < 0) return false;
+    bool all_bytes = b->byte_fallback;
+    for (int i = 0; i < 256; i++) all_bytes &= b->fallback[i] >= 0;
+    if (b->raw_bytes || b->ignore_merges || bpe_find(b, METASPACE, 3) < 0 || !(all_bytes || b->unk >= 0)) return false;
     for (int64_t i = 0; i < b->n_merges; i++) {
         const struct token *l = &b->tokens[b->merges[i].left], *r = &b->tokens[b->merges[i].right];
         if (r->text_n >= 3 && !memcmp(b->pool + r->text, METASPACE, 3) &&

@@ -125,10 +125,10 @@ int gguf_write(const struct gguf_writer *w, const char *path, gguf_fill *fill, v
     add_u32(&head, 3);
     add_u64(&head, (uint64_t)w->n_tensors);
     add_u64(&head, w->n_keys + 1);
+    if (w->keys.n) add(&head, w->keys.p, w->keys.n);
     add_string(&head, "general.alignment", 17);
     add_u32(&head, GGUF_U32);
     add_u32(&head, ALIGNMENT);
-    add(&head, w->keys.p, w->keys.n);
     for (int i = 0; i < w->n_tensors; i++) {
         const struct tensor *t = &w->tensor[i];
         add_string(&head, t->name, strlen(t->name));

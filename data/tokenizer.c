@@ -511,13 +511,14 @@ int tokenizer_decode(const struct tokenizer *t, struct tokenizer_work *w, const 
 {
     decoder_start(w->parts);
     for (size_t i = 0; i < n; i++) {
-        size_t token_n;
+        size_t token_n = 0;
         const char *token = tokenizer_token_text(t, ids[i]);
         if (!token) return fail(ERR_INPUT, "id %d at position %zu is no token: the vocabulary has %d ids", (int)ids[i], i, (int)t->size);
         const struct added *a = t->added_of[ids[i]] >= 0 ? &t->added[t->added_of[ids[i]]] : NULL;
         if (a && a->special && skip_special) continue;
+        if (!a) token = bpe_text(t->bpe, ids[i], &token_n);
         if (a) decoder_add(w->parts, a->pattern, a->pattern_n);   /* a normalized token goes back through the decoder as it matched */
-        else decoder_add(w->parts, bpe_text(t->bpe, ids[i], &token_n), token_n);
+        else decoder_add(w->parts, token, token_n);
     }
     return decoder_finish(t->decoder, w->parts, text, bytes);
 }

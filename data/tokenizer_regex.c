@@ -136,7 +136,7 @@ static int set_add_mask(struct translation *t, struct set *s, uint32_t mask)
         if (items.n) set_add_other(s, "[^", &items, "]");
         else set_add_other(s, ANY, &items, "");
         if (ahom) add_range(&s->items, 0x1171e, 0x1171e);
-    } else if (ahom) set_add_other(s, "(?!\\x{1171e})[", &items, "]");
+    } else if (ahom) set_add_other(s, "(?:(?!\\x{1171e})[", &items, "])");
     else if (items.n) buffer_add(&s->items, items.data, items.n);
     free(items.data);
     return OK;

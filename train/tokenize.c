@@ -134,7 +134,21 @@ out:
     return rc;
 }
 
-/* JSON is UTF-8: what is none becomes U+FFFD, one for each byte. */
+/* How many bytes of broken UTF-8 one U+FFFD stands for: the longest start of a well-formed sequence, as Unicode recommends. */
+static size_t broken_length(const char *text, size_t n)
+{
+    const uint8_t *s = (const uint8_t *)text;
+    size_t need = s[0] >= 0xc2 && s[0] < 0xe0 ? 2 : s[0] >= 0xe0 && s[0] < 0xf0 ? 3 : s[0] >= 0xf0 && s[0] < 0xf5 ? 4 : 1, k = 1;
+    uint8_t low = s[0] == 0xe0 ? 0xa0 : s[0] == 0xf0 ? 0x90 : 0x80, high = s[0] == 0xed ? 0x9f : s[0] == 0xf4 ? 0x8f : 0xbf;
+    while (k < need && k < n && s[k] >= low && s[k] <= high) {
+        low = 0x80;
+        high = 0xbf;
+        k++;
+    }
+    return k;
+}
+
+/* JSON is UTF-8: what is none becomes U+FFFD. */
 static void put_json_string(struct buffer *out, const char *s, size_t n)
 {
     bool recent;
@@ -149,9 +163,12 @@ static void put_json_string(struct buffer *out, const char *s, size_t n)
             else if ((uint8_t)c < 0x20) buffer_add(out, escape, (size_t)snprintf(escape, sizeof escape, "\\u%04x", (unsigned)c));
             else buffer_add(out, &c, 1);
         }
-        if (bad >= 0) buffer_add(out, "\xef\xbf\xbd", 3);
-        s += good + (bad >= 0);
-        n -= good + (bad >= 0);
+        if (bad >= 0) {
+            buffer_add(out, "\xef\xbf\xbd", 3);
+            good += broken_length(s + good, n - good);
+        }
+        s += good;
+        n -= good;
     }
     buffer_add(out, "\"", 1);
 }

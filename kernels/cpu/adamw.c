@@ -13,12 +13,12 @@ void cpu_adamw(struct backend *be, act *w_, float *master, const grad *g_, momen
     double norm = sqrt(*grad_sum_squares), shrink = a->clip > 0 ? a->clip / (norm + 1e-6) : 1;
     float scale = (float)(shrink < 1 ? shrink : 1), b1 = (float)a->beta1, b2 = (float)a->beta2, eps = (float)a->eps;
     float step_size = (float)(a->lr / (1 - pow(a->beta1, (double)a->step))), v_scale = (float)(1 / sqrt(1 - pow(a->beta2, (double)a->step)));
-    float keep = (float)(1 - a->lr * a->weight_decay), new1 = (float)(1 - a->beta1), new2 = (float)(1 - a->beta2);
+    float decay = (float)(a->lr * a->weight_decay), new1 = (float)(1 - a->beta1), new2 = (float)(1 - a->beta2);
     #pragma omp parallel for simd schedule(static)
     for (int64_t i = 0; i < count; i++) {
         float gi = g[i] * scale;
         m[i] = b1 * m[i] + new1 * gi;
         v[i] = b2 * v[i] + new2 * gi * gi;
-        w[i] = w[i] * keep - step_size * m[i] / (sqrtf(v[i]) * v_scale + eps);
+        w[i] -= decay * w[i] + step_size * m[i] / (sqrtf(v[i]) * v_scale + eps);       /* 1 - decay would round a small decay away */
     }
 }

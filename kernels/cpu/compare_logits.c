@@ -1,5 +1,6 @@
 /* Evaluation of a chunk of positions at T = 1 over the Vv valid ids: KL(p||q), KL(q||p), who predicts the label and whether the
- * two agree. p is the teacher, q the student. A rank is the number of ids with a larger logit, or an equal one and a lower id. */
+ * two agree. p is the teacher, q the student. A rank is the number of ids with a larger logit, or an equal one and a lower id;
+ * NaN ranks behind everything, so that a broken model predicts nothing. */
 #include "kernels/cpu/cpu.h"
 
 static int64_t argmax(const float *x, int64_t n)
@@ -12,7 +13,7 @@ static int64_t argmax(const float *x, int64_t n)
 static int64_t rank_of(const float *x, int64_t n, int64_t id)
 {
     int64_t rank = 0;
-    for (int64_t j = 0; j < n; j++) rank += x[j] > x[id] || (x[j] == x[id] && j < id);
+    for (int64_t j = 0; j < n; j++) rank += !(x[j] < x[id]) && (x[j] != x[id] || j < id);
     return rank;
 }
 

@@ -41,37 +41,35 @@ static void select_top(struct entry *top, int K, const float *t, int64_t Vv)
 
 void cpu_teacher_targets(struct backend *be, const struct teacher_targets *out, const act *logits, const int32_t *labels, int64_t R, int64_t V, int64_t Vv)
 {
+    int K = out->K, nT = out->nT;
     #pragma omp parallel for schedule(static)
     for (int64_t n = 0; n < R; n++) {
         const float *t = cfp32(logits) + n * V;
-        float *rest = thread_scratch(be, (size_t)V), inv_T0 = 1 / out->temperatures[0];
-        struct entry top[out->K > 0 ? out->K : 1];
-        double lse[out->nT];
-        for (int i = 0; i < out->nT; i++) lse[i] = row_log_sum_exp(t, Vv, 1 / out->temperatures[i]);
-        if (out->lse) for (int i = 0; i < out->nT; i++) out->lse[n * out->nT + i] = (float)lse[i];
+        float *rest = thread_scratch(be, cpu_row_scratch(V, K)), inv_T0 = 1 / out->temperatures[0];
+        struct entry *top = (struct entry *)(rest + 2 * V);
+        double lse[nT];
+        for (int i = 0; i < nT; i++) lse[i] = row_log_sum_exp(t, Vv, 1 / out->temperatures[i]);
+        if (out->lse) for (int i = 0; i < nT; i++) out->lse[n * nT + i] = (float)lse[i];
 
-        if (out->K) {
-            select_top(top, out->K, t, Vv);
+        if (K) select_top(top, K, t, Vv);
+        if (out->head_ids) for (int k = 0; k < K; k++) out->head_ids[n * K + k] = top[k].id;
+        if (out->head_logprob) for (int k = 0; k < K; k++) out->head_logprob[n * K + k] = (float)((double)top[k].value * inv_T0 - lse[0]);
+        if (out->tail_logmass) {
             memcpy(rest, t, (size_t)Vv * sizeof *rest);
-            for (int k = 0; k < out->K; k++) {
-                out->head_ids[n * out->K + k] = top[k].id;
-                out->head_logprob[n * out->K + k] = (float)((double)top[k].value / out->temperatures[0] - lse[0]);
-                rest[top[k].id] = -INFINITY;
-            }
-            if (out->tail_logmass)
-                for (int i = 0; i < out->nT; i++) out->tail_logmass[n * out->nT + i] = (float)(row_log_sum_exp(rest, Vv, 1 / out->temperatures[i]) - lse[i]);
+            for (int k = 0; k < K; k++) rest[top[k].id] = -INFINITY;
+            for (int i = 0; i < nT; i++) out->tail_logmass[n * nT + i] = (float)(row_log_sum_exp(rest, Vv, 1 / out->temperatures[i]) - lse[i]);
         }
         if (out->entropy) {
             double mean = 0;
-            float shift = (float)lse[0];
             #pragma omp simd reduction(+ : mean)
             for (int64_t j = 0; j < Vv; j++) {
-                float x = t[j] * inv_T0, p = exp_fp32(x - shift);
-                mean += p > 0 ? (double)p * ((double)x - lse[0]) : 0;
+                double log_p = (double)t[j] * inv_T0 - lse[0];
+                float p = exp_fp32((float)log_p);
+                mean += p > 0 ? (double)p * log_p : 0;
             }
             out->entropy[n] = (float)(mean < 0 ? -mean : 0);
         }
-        if (out->label_logprob) out->label_logprob[n] = labels[n] >= 0 ? (float)((double)t[labels[n]] / out->temperatures[0] - lse[0]) : 0;
+        if (out->label_logprob) out->label_logprob[n] = labels[n] >= 0 ? (float)((double)t[labels[n]] * inv_T0 - lse[0]) : 0;
         if (out->padding_mass) {
             double padding = row_log_sum_exp(t + Vv, V - Vv, 1), valid = row_log_sum_exp(t, Vv, 1);
             out->padding_mass[n] = padding == -INFINITY ? 0 : (float)(1 / (1 + exp(valid - padding)));

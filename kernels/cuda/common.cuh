@@ -16,7 +16,7 @@ typedef __nv_bfloat16 bf16;
 #define DISPATCH(dtype, T, ...) do { if ((dtype) == DTYPE_F32) { typedef float T; __VA_ARGS__; } else { typedef bf16 T; __VA_ARGS__; } } while (0)
 
 /* elements of a 16-byte vector */
-template <typename T> constexpr int vector_width() { return 16 / (int)sizeof(T); }
+template <typename T> __host__ __device__ constexpr int vector_width() { return 16 / (int)sizeof(T); }
 
 static inline bool aligned16(const void *p) { return ((uintptr_t)p & 15) == 0; }
 static __host__ __device__ inline int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }

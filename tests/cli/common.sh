@@ -64,6 +64,7 @@ teacher: {path: teacher}
 student: {init: scratch, config: student-shape/config.json}
 shards: {path: logits, k: 8, rows_per_shard: 8, temperatures: [1.0, 2.0]}
 optimizer: {lr: 0.01}
+schedule: {kind: constant}
 dump: {batch_rows: 2, chunk_tokens: 64}
 train: {steps: 12, batch_rows: 4, micro_rows: 2, chunk_tokens: 40, checkpoint_every: 3, eval_every: 6}
 EOF
