@@ -266,7 +266,8 @@ static int read_merges(struct bpe *b, const json_t *merges, const char *where)
         if (m.left < 0 || m.right < 0 || m.joined < 0) {
             const char *missing = m.left < 0 ? part[0] : m.right < 0 ? part[1] : joined;
             size_t missing_n = m.left < 0 ? n[0] : m.right < 0 ? n[1] : n[0] + n[1];
-            rc = fail(ERR_INPUT, "%s: model.merges[%zu]: \"%.*s\" is not in the vocabulary", where, i, (int)(missing_n < 200 ? missing_n : 200), missing);
+            int shown = (int)(missing_n < 200 ? missing_n : 200);
+            rc = fail(ERR_INPUT, "%s: model.merges[%zu]: \"%.*s\" is not in the vocabulary", where, i, shown, missing);
             goto out;
         }
         /* a pair listed twice has the rank of its last place; its first one leaves the list */
@@ -478,7 +479,8 @@ static int first_symbols(const struct bpe *b, struct bpe_work *w, const char *wo
             }
         }
         if (!b->unk_token) continue;
-        if (b->unk < 0) return fail(ERR_INPUT, "the text holds \"%.*s\", which needs unk_token \"%s\", which is not in the vocabulary", (int)s_n, s, b->unk_token);
+        if (b->unk < 0)
+            return fail(ERR_INPUT, "the text holds \"%.*s\", which needs unk_token \"%s\", which the vocabulary lacks", (int)s_n, s, b->unk_token);
         if (pending && !b->fuse_unk) w->id[m++] = b->unk;
         pending = true;
     }
@@ -589,7 +591,7 @@ static int encode_piece(const struct bpe *b, struct bpe_work *w, const char *wor
         slot->n_bytes = (uint8_t)n;
         slot->n_ids = (uint8_t)n_ids;
         memcpy(slot->bytes, word, n);
-        memcpy(slot->ids, out->ids + first, n_ids * sizeof *slot->ids);
+        if (n_ids) memcpy(slot->ids, out->ids + first, n_ids * sizeof *slot->ids);
     }
     return OK;
 }

@@ -158,7 +158,8 @@ static int read_added_token(struct tokenizer *t, const json_t *o, struct parts_w
     json_object_foreach((json_t *)o, key, value) {
         int i = 0;
         while (i < 5 && strcmp(keys[i], key)) i++;
-        if (i == 5 && strcmp(key, "content") && strcmp(key, "id")) return fail(ERR_INPUT, "%s: key \"%s\" of \"%s\" is not implemented", where, key, content);
+        if (i == 5 && strcmp(key, "content") && strcmp(key, "id"))
+            return fail(ERR_INPUT, "%s: key \"%s\" of \"%s\" is not implemented", where, key, content);
     }
     for (int i = 0; i < 5; i++) {
         value = json_object_get(o, keys[i]);
@@ -174,13 +175,14 @@ static int read_added_token(struct tokenizer *t, const json_t *o, struct parts_w
     a.id = same >= 0 ? t->added[same].id : bpe_find(t->bpe, content, a.n);
     if (a.id < 0) a.id = *next_id;
     if (id != a.id)
-        return fail(ERR_INPUT, "%s: \"%s\" has id %lld in the list but would be read as %d: its id must be the vocabulary's, or follow the vocabulary's size",
-                    where, content, (long long)id, (int)a.id);
+        return fail(ERR_INPUT, "%s: \"%s\" has id %lld in the list but other readers give it %d: its id must be the vocabulary's, or follow the "
+                    "vocabulary's size", where, content, (long long)id, (int)a.id);
     if (same >= 0) return fail(ERR_INPUT, "%s: \"%s\" is listed twice", where, content);
     if (a.id == *next_id) {
         size_t other_n;
         const char *other = bpe_text(t->bpe, a.id, &other_n);
-        if (other && strcmp(other, content)) return fail(ERR_INPUT, "%s: \"%s\" has id %d, which is \"%s\" in the vocabulary", where, content, (int)a.id, other);
+        if (other && strcmp(other, content))
+            return fail(ERR_INPUT, "%s: \"%s\" has id %d, which is \"%s\" in the vocabulary", where, content, (int)a.id, other);
         if (!other) ++*next_id;
     }
     size_t lead = 0;
@@ -261,7 +263,8 @@ static int read_post_processor(struct tokenizer *t, const json_t *o, const char 
 
 static int check_top_keys(const json_t *root, const char *path)
 {
-    static const char *const known[] = {"version", "truncation", "padding", "added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder", "model", NULL};
+    static const char *const known[] = {"version", "truncation", "padding", "added_tokens", "normalizer", "pre_tokenizer", "post_processor",
+                                        "decoder", "model", NULL};
     const char *key;
     json_t *value;
     if (!json_is_object(root)) return fail(ERR_INPUT, "%s: not a JSON object", path);
@@ -290,7 +293,8 @@ static int read_tokenizer(struct tokenizer *t, const char *path)
     int rc = OK;
     TRY(json_read_file(path, MAX_FILE, &root));
     TRY(check_top_keys(root, path));
-    const json_t *normalizer = json_object_get(root, "normalizer"), *pre = json_object_get(root, "pre_tokenizer"), *post = json_object_get(root, "post_processor");
+    const json_t *normalizer = json_object_get(root, "normalizer"), *pre = json_object_get(root, "pre_tokenizer");
+    const json_t *post = json_object_get(root, "post_processor");
     TRY(normalizer_open(&t->normalizer, normalizer, at_normalizer));
     TRY(pre_tokenizer_open(&t->pre_tokenizer, pre, at_pre));
     TRY(decoder_open(&t->decoder, json_object_get(root, "decoder"), at_decoder));
@@ -455,9 +459,10 @@ static int encode_word(void *context, const char *word, size_t n)
 static int take_normalized(void *context, const struct added *token, const char *text, size_t start, size_t end)
 {
     struct passage *p = context;
+    size_t lead = p->lead > start ? p->lead - start : 0;
     if (!p->words) buffer_add(&p->w->normal, token ? token->pattern : text + start, token ? token->pattern_n : end - start);
     else if (token) id_list_add(&p->w->ids, token->id);
-    else return pre_tokenizer_run(p->t->pre_tokenizer, p->w->parts, text + start, end - start, p->recent, p->lead > start ? p->lead - start : 0, encode_word, p);
+    else return pre_tokenizer_run(p->t->pre_tokenizer, p->w->parts, text + start, end - start, p->recent, lead, encode_word, p);
     return OK;
 }
 
@@ -497,7 +502,8 @@ int tokenizer_encode(const struct tokenizer *t, struct tokenizer_work *w, const 
     return rc;
 }
 
-int tokenizer_normalize(const struct tokenizer *t, struct tokenizer_work *w, const char *text, size_t bytes, const char **normalized, size_t *normalized_bytes)
+int tokenizer_normalize(const struct tokenizer *t, struct tokenizer_work *w, const char *text, size_t bytes,
+                        const char **normalized, size_t *normalized_bytes)
 {
     w->normal.n = 0;
     buffer_add(&w->normal, "", 0);
@@ -507,7 +513,8 @@ int tokenizer_normalize(const struct tokenizer *t, struct tokenizer_work *w, con
     return rc;
 }
 
-int tokenizer_decode(const struct tokenizer *t, struct tokenizer_work *w, const int32_t *ids, size_t n, bool skip_special, const char **text, size_t *bytes)
+int tokenizer_decode(const struct tokenizer *t, struct tokenizer_work *w, const int32_t *ids, size_t n, bool skip_special,
+                     const char **text, size_t *bytes)
 {
     decoder_start(w->parts);
     for (size_t i = 0; i < n; i++) {
@@ -553,8 +560,8 @@ enum token_kind tokenizer_token_kind(const struct tokenizer *t, int32_t id)
     const char *text = tokenizer_token_text(t, id);
     if (!text) return TOKEN_HOLE;
     if (t->added_of[id] >= 0) return t->added[t->added_of[id]].special ? TOKEN_SPECIAL : TOKEN_ADDED;
-    bool byte = bpe_byte_fallback(t->bpe) && strlen(text) == 6 && !strncmp(text, "<0x", 3) && text[5] == '>' && strspn(text + 3, "0123456789ABCDEF") == 2;
-    return byte ? TOKEN_BYTE : TOKEN_NORMAL;
+    bool byte = strlen(text) == 6 && !strncmp(text, "<0x", 3) && text[5] == '>' && strspn(text + 3, "0123456789ABCDEF") == 2;
+    return byte && bpe_byte_fallback(t->bpe) ? TOKEN_BYTE : TOKEN_NORMAL;
 }
 
 bool tokenizer_merge(const struct tokenizer *t, int64_t rank, const char **left, const char **right)
@@ -679,34 +686,40 @@ void tokenizer_hash(const struct tokenizer *t, char hex[SHA256_HEX])
 /* ---- llama.cpp's name ---- */
 
 #define CONTRACTIONS "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-#define REST " ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
-#define REST_SLASH " ?[^\\s\\p{L}\\p{N}]+[\\r\\n/]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
+#define WORD "[^\\r\\n\\p{L}\\p{N}]?\\p{L}+"
+#define LINES "|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
+#define REST " ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*" LINES
+#define REST_SLASH " ?[^\\s\\p{L}\\p{N}]+[\\r\\n/]*" LINES
 #define UPPER "[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}]"
 #define LOWER "[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}]"
-#define GPT2 "Split Isolated 's|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+\nByteLevel"
+#define CASED(tail) "[^\\r\\n\\p{L}\\p{N}]?" UPPER "*" LOWER "+" tail "|[^\\r\\n\\p{L}\\p{N}]?" UPPER "+" LOWER "*" tail "|"
+#define SPLIT "Split Isolated "
+#define BYTES "\nByteLevel"
+#define GPT2 SPLIT "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+" BYTES
 #define HAN_KANA "[\xe4\xb8\x80-\xe9\xbe\xa5\xe3\x81\x80-\xe3\x82\x9f\xe3\x82\xa0-\xe3\x83\xbf]+"
 #define HAN_HANGUL "[\xe4\xb8\x80-\xe9\xbe\xa5\xe0\xa0\x80-\xe4\xb8\x80\xea\xb0\x80-\xed\x9f\xbf]+"
+#define DEEPSEEK_WORDS "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\r\n]*"
+#define DEEPSEEK_BOS "<\xef\xbd\x9c" "begin\xe2\x96\x81of\xe2\x96\x81sentence\xef\xbd\x9c>"
+#define BLOOM_STOPS ".,!?\xe2\x80\xa6\xe3\x80\x82\xef\xbc\x8c\xe3\x80\x81\xe0\xa5\xa4\xdb\x94\xd8\x8c"
 
 const char *tokenizer_gguf_pre(const struct tokenizer *t)
 {
     /* names that split alike are told apart by a token only one family has; ignore_merges is part of what a name means */
     static const struct { const char *name, *signature; bool ignore_merges; const char *token; } known[] = {
-        {"deepseek-r1-qwen", "Split Isolated " CONTRACTIONS "|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}|" REST "\nByteLevel", false,
-         "<\xef\xbd\x9c" "begin\xe2\x96\x81of\xe2\x96\x81sentence\xef\xbd\x9c>"},
-        {"qwen2", "Split Isolated " CONTRACTIONS "|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}|" REST "\nByteLevel", false, NULL},
-        {"qwen35", "Split Isolated " CONTRACTIONS "|[^\\r\\n\\p{L}\\p{N}]?[\\p{L}\\p{M}]+|\\p{N}| ?[^\\s\\p{L}\\p{M}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+\nByteLevel", false, NULL},
-        {"llama-bpe", "Split Isolated " CONTRACTIONS "|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}|" REST "\nByteLevel", true, NULL},
-        {"dbrx", "Split Isolated " CONTRACTIONS "|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}|" REST "\nByteLevel", false, NULL},
-        {"tekken", "Split Isolated [^\\r\\n\\p{L}\\p{N}]?" UPPER "*" LOWER "+|[^\\r\\n\\p{L}\\p{N}]?" UPPER "+" LOWER "*|\\p{N}|" REST_SLASH "\nByteLevel", true, NULL},
-        {"gpt-4o", "Split Isolated [^\\r\\n\\p{L}\\p{N}]?" UPPER "*" LOWER "+" CONTRACTIONS "?|[^\\r\\n\\p{L}\\p{N}]?" UPPER "+" LOWER "*" CONTRACTIONS "?|\\p{N}{1,3}|" REST_SLASH "\nByteLevel", false, NULL},
-        {"deepseek-v3", "Split Isolated \\p{N}{1,3}\nSplit Isolated " HAN_KANA "\nSplit Isolated [!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|"
-         "[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+\nByteLevel", false, NULL},
-        {"deepseek-coder", "Split Isolated [\r\n]\nSplit Isolated \\s?\\p{L}+\nSplit Isolated \\s?\\p{P}+\nSplit Isolated " HAN_HANGUL "\nDigits Isolated\nByteLevel", false, NULL},
+        {"deepseek-r1-qwen", SPLIT CONTRACTIONS "|" WORD "|\\p{N}|" REST BYTES, false, DEEPSEEK_BOS},
+        {"qwen2", SPLIT CONTRACTIONS "|" WORD "|\\p{N}|" REST BYTES, false, NULL},
+        {"qwen35", SPLIT CONTRACTIONS "|[^\\r\\n\\p{L}\\p{N}]?[\\p{L}\\p{M}]+|\\p{N}| ?[^\\s\\p{L}\\p{M}\\p{N}]+[\\r\\n]*" LINES BYTES, false, NULL},
+        {"llama-bpe", SPLIT CONTRACTIONS "|" WORD "|\\p{N}{1,3}|" REST BYTES, true, NULL},
+        {"dbrx", SPLIT CONTRACTIONS "|" WORD "|\\p{N}{1,3}|" REST BYTES, false, NULL},
+        {"tekken", SPLIT CASED("") "\\p{N}|" REST_SLASH BYTES, true, NULL},
+        {"gpt-4o", SPLIT CASED(CONTRACTIONS "?") "\\p{N}{1,3}|" REST_SLASH BYTES, false, NULL},
+        {"deepseek-v3", SPLIT "\\p{N}{1,3}\n" SPLIT HAN_KANA "\n" SPLIT DEEPSEEK_WORDS "|\\s*[\r\n]+|\\s+(?!\\S)|\\s+" BYTES, false, NULL},
+        {"deepseek-coder", SPLIT "[\r\n]\n" SPLIT "\\s?\\p{L}+\n" SPLIT "\\s?\\p{P}+\n" SPLIT HAN_HANGUL "\nDigits Isolated" BYTES, false, NULL},
         {"gpt-2", GPT2, false, NULL},
         {"smollm", "Digits Isolated\n" GPT2, false, "<|im_start|>"},
         {"starcoder", "Digits Isolated\n" GPT2, false, NULL},
-        {"falcon", "Punctuation Contiguous\n" GPT2 "\nDigits Contiguous\nSplit Isolated [0-9][0-9][0-9]", false, NULL},
-        {"bloom", "Split Isolated  ?[^(\\s|[.,!?\xe2\x80\xa6\xe3\x80\x82\xef\xbc\x8c\xe3\x80\x81\xe0\xa5\xa4\xdb\x94\xd8\x8c])]+\nByteLevel", false, NULL},
+        {"falcon", "Punctuation Contiguous\n" GPT2 "\nDigits Contiguous\n" SPLIT "[0-9][0-9][0-9]", false, NULL},
+        {"bloom", SPLIT " ?[^(\\s|[" BLOOM_STOPS "])]+" BYTES, false, NULL},
     };
     const char *name = NULL;
     char *signature = pre_tokenizer_signature(t->pre_tokenizer);

@@ -117,7 +117,8 @@ static int read_pattern(const json_t *o, const char *where, struct step *s)
         s->pattern = pattern_open_literal(json_string_value(literal), json_string_length(literal));
         return OK;
     }
-    if (!json_is_string(regex) || json_object_size(pattern) != 1) return fail(ERR_INPUT, "%s: pattern is not {\"String\": ...} or {\"Regex\": ...}", where);
+    if (!json_is_string(regex) || json_object_size(pattern) != 1)
+        return fail(ERR_INPUT, "%s: pattern is not {\"String\": ...} or {\"Regex\": ...}", where);
     s->regex = true;
     return pattern_open_regex(&s->pattern, json_string_value(regex), json_string_length(regex), where);
 }
@@ -368,7 +369,10 @@ int decoder_open(struct decoder **out, const json_t *part, const char *where)
     d->none = !part || json_is_null(part);
     TRY(read_steps(&d->s, part, "decoders", read_decoder_step, where, 0));
     for (int i = 0; i < d->s.n; i++) {
-        if (bytes && d->s.step[i].regex) { rc = fail(ERR_INPUT, "%s: a regular expression after %s is not implemented", where, "ByteLevel or ByteFallback"); goto out; }
+        if (bytes && d->s.step[i].regex) {
+            rc = fail(ERR_INPUT, "%s: a Regex pattern after ByteLevel or ByteFallback is not implemented", where);
+            goto out;
+        }
         bytes |= d->s.step[i].kind == BYTE_LEVEL || d->s.step[i].kind == BYTE_FALLBACK;
     }
 out:
@@ -455,7 +459,8 @@ out:
     return rc;
 }
 
-static int normalizer_step(const struct step *s, struct parts_work *w, const char *text, size_t n, bool recent, size_t *lead, struct buffer *out, bool *changed)
+static int normalizer_step(const struct step *s, struct parts_work *w, const char *text, size_t n, bool recent, size_t *lead,
+                           struct buffer *out, bool *changed)
 {
     const char *p = text, *end = text + n;
     size_t old_lead = *lead, new_lead = 0;
@@ -564,7 +569,7 @@ static int fold_add(struct fold *f, size_t start, size_t end, bool match)
     int rc = OK;
     if (f->behavior == ISOLATED) return fold_emit(f, start, end);
     if (f->behavior == REMOVED) return match ? OK : fold_emit(f, start, end);
-    bool joins = f->behavior == CONTIGUOUS ? match == f->previous : f->behavior == MERGED_WITH_PREVIOUS ? match && !f->previous : f->previous && !match;
+    bool joins = f->behavior == CONTIGUOUS ? match == f->previous : match != f->previous && match == (f->behavior == MERGED_WITH_PREVIOUS);
     if (!f->held || !joins) {
         if (f->held) TRY(fold_emit(f, f->start, f->end));
         f->start = start;
@@ -819,7 +824,10 @@ void decoder_token(const struct decoder *d, struct parts_work *w, const char *to
         buffer_add(&next, "", 0);
         if (s->kind == BYTE_LEVEL) unmap_bytes(now.data, now.n, &next);
         else if (s->kind == BYTE_FALLBACK && byte_token(now.data, now.n, &byte)) buffer_add(&next, &byte, 1);
-        else if (s->kind == STRIP || decode_token(s, w, now.data, now.n, false, &next) != OK) buffer_add(&next, now.data, now.n);   /* Strip is for the ends of a text */
+        else if (s->kind == STRIP || decode_token(s, w, now.data, now.n, false, &next) != OK) {   /* Strip is for the ends of a text */
+            next.n = 0;
+            buffer_add(&next, now.data, now.n);
+        }
         struct buffer swap = now;
         now = next;
         next = swap;

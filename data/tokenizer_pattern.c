@@ -52,7 +52,10 @@ int pattern_open_regex(struct pattern **out, const char *regex, size_t n, const 
     p->kind = PATTERN_REGEX;
     p->text = xstrndup(regex, n);
     p->n = n;
-    if (n > MAX_PATTERN) { rc = fail(ERR_INPUT, "%s: the pattern has %zu bytes, more than the %d this program reads", where, n, MAX_PATTERN); goto out; }
+    if (n > MAX_PATTERN) {
+        rc = fail(ERR_INPUT, "%s: the pattern has %zu bytes, more than the %d this program reads", where, n, MAX_PATTERN);
+        goto out;
+    }
     TRY(regex_translate(&plain, regex, n, false, where));
     TRY(regex_translate(&exact, regex, n, true, where));
     TRY(compile(&p->plain, plain, where));
@@ -141,8 +144,8 @@ static int regex_find(const struct pattern_scan *s, size_t *start, size_t *end, 
     if (rc < 0 && rc != PCRE2_ERROR_NOMATCH) {
         PCRE2_UCHAR message[128];
         pcre2_get_error_message(rc, message, sizeof message);
-        return fail(ERR_INPUT, "split pattern \"%.200s\" gives up on a text of %zu bytes (%s): use a simpler pattern or break the text up", p->text, s->n,
-                    (const char *)message);
+        return fail(ERR_INPUT, "the pattern \"%.200s\" gives up on a text of %zu bytes (%s): use a simpler pattern or break the text up",
+                    p->text, s->n, (const char *)message);
     }
     *found = rc >= 0;
     *start = pcre2_get_ovector_pointer(w->match)[0];

@@ -65,7 +65,8 @@ static const struct { const char *name, *long_name; uint32_t mask; } categories[
 };
 
 static const struct { const char *name, *pcre; enum script script; } scripts[] = {
-    {"han", "Han", SCRIPT_HAN}, {"hiragana", "Hiragana", SCRIPT_HIRAGANA}, {"katakana", "Katakana", SCRIPT_KATAKANA}, {"latin", "Latin", SCRIPT_LATIN},
+    {"han", "Han", SCRIPT_HAN}, {"hiragana", "Hiragana", SCRIPT_HIRAGANA}, {"katakana", "Katakana", SCRIPT_KATAKANA},
+    {"latin", "Latin", SCRIPT_LATIN},
     {"cyrillic", "Cyrillic", SCRIPT_CYRILLIC}, {"arabic", "Arabic", SCRIPT_ARABIC}, {"devanagari", "Devanagari", SCRIPT_DEVANAGARI},
     {"kannada", "Kannada", SCRIPT_KANNADA}, {"lao", "Lao", SCRIPT_LAO}, {"myanmar", "Myanmar", SCRIPT_MYANMAR}, {"hangul", "Hangul", 0},
     {"greek", "Greek", 0}, {"hebrew", "Hebrew", 0}, {"thai", "Thai", 0}, {"bengali", "Bengali", 0}, {"tamil", "Tamil", 0}, {"telugu", "Telugu", 0},
@@ -110,7 +111,8 @@ static int set_add_mask(struct translation *t, struct set *s, uint32_t mask)
 {
     static const char *const names[30] = {"Cn", "Lu", "Ll", "Lt", "Lm", "Lo", "Mn", "Mc", "Me", "Nd", "Nl", "No", "Pc", "Pd", "Ps", "Pe", "Pi", "Pf",
                                           "Po", "Sm", "Sc", "Sk", "So", "Zs", "Zl", "Zp", "Cc", "Cf", "Cs", "Co"};
-    static const struct { const char *name; uint32_t mask; } groups[] = {{"L", MASK_L}, {"M", MASK_M}, {"N", MASK_N}, {"P", MASK_P}, {"S", MASK_S}, {"Z", MASK_Z}};
+    static const struct { const char *name; uint32_t mask; } groups[] = {{"L", MASK_L}, {"M", MASK_M}, {"N", MASK_N},
+                                                                         {"P", MASK_P}, {"S", MASK_S}, {"Z", MASK_Z}};
     uint32_t letters = mask & (MASK_L | MASK_M);
     if (t->ignore_case && letters && letters != (MASK_L | MASK_M)) return refuse(t, "a property that is not closed under case folding inside (?i)");
     bool complement = mask & CATEGORY(CN);
@@ -245,9 +247,8 @@ static int check_case(struct translation *t, uint32_t c, bool literal)
     t->previous = 0;
     if (!t->ignore_case) return OK;
     if (c >= 0x80) {
-        uint32_t bit = 1u << unicode_category(c);
-        if (bit & ~(MASK_P | MASK_Z | CATEGORY(ND) | CATEGORY(NO) | CATEGORY(SM) | CATEGORY(SC))) return refuse(t, "(?i) with characters beyond ASCII");
-        return OK;
+        uint32_t caseless = MASK_P | MASK_Z | CATEGORY(ND) | CATEGORY(NO) | CATEGORY(SM) | CATEGORY(SC);
+        return caseless >> unicode_category(c) & 1 ? OK : refuse(t, "(?i) with characters beyond ASCII");
     }
     if (!literal) return OK;
     c |= (c >= 'A' && c <= 'Z') ? 32 : 0;

@@ -80,18 +80,20 @@ static int next_line(struct stream *s, char **line, size_t *bytes)
 {
     size_t searched = 0;
     for (;;) {
-        char *start = s->in + s->in_at, *newline = s->in_n - s->in_at > searched ? memchr(start + searched, '\n', s->in_n - s->in_at - searched) : NULL;
-        if (newline || (s->in_end && s->in_n > s->in_at)) {
+        size_t left = s->in_n - s->in_at;
+        char *start = s->in + s->in_at, *newline = left > searched ? memchr(start + searched, '\n', left - searched) : NULL;
+        if (newline || (s->in_end && left)) {
             *line = start;
-            *bytes = newline ? (size_t)(newline - start) : s->in_n - s->in_at;
+            *bytes = newline ? (size_t)(newline - start) : left;
             s->in_at += *bytes + (newline != NULL);
             s->line++;
             return OK;
         }
         *line = NULL;
         if (s->in_end) return OK;
-        searched = s->in_n - s->in_at;
-        if (searched > MAX_LINE) return fail(ERR_INPUT, "standard input: line %lld is longer than %d bytes; break it up", (long long)s->line + 1, MAX_LINE);
+        searched = left;
+        if (searched > MAX_LINE)
+            return fail(ERR_INPUT, "standard input: line %lld is longer than %d bytes; break it up", (long long)s->line + 1, MAX_LINE);
         memmove(s->in, start, searched);
         s->in_at = 0;
         s->in_n = searched;
@@ -216,7 +218,8 @@ static int json_ids(const json_t *object, int32_t **ids, size_t *n)
     *ids = xmalloc(*n * sizeof **ids);
     for (size_t i = 0; i < *n; i++) {
         const json_t *v = json_array_get(list, i);
-        if (!json_is_integer(v) || json_integer_value(v) < 0 || json_integer_value(v) > INT32_MAX) return fail(ERR_INPUT, "ids[%zu] is no token id", i);
+        if (!json_is_integer(v) || json_integer_value(v) < 0 || json_integer_value(v) > INT32_MAX)
+            return fail(ERR_INPUT, "ids[%zu] is no token id", i);
         (*ids)[i] = (int32_t)json_integer_value(v);
     }
     return OK;
@@ -260,6 +263,7 @@ int command_tokenize(int argc, char **argv)
     }
     TRY(tokenizer_open(&s.t, s.o.tokenizer));
     s.w = tokenizer_work_new(s.t);
+    s.in = xmalloc(s.in_capacity = READ_BYTES);
     for (;;) {
         TRY(next_line(&s, &line, &n));
         if (!line) break;

@@ -1,9 +1,11 @@
 /* Opens a training run: what the keys mean together is decided here, before anything is computed. */
 #include <math.h>
 #include <string.h>
+#include <time.h>
 
 #include "base/error.h"
 #include "base/file.h"
+#include "train/progress.h"
 #include "train/signals.h"
 #include "train/trainer.h"
 
@@ -48,11 +50,30 @@ static int check_targets(const struct trainer *t, const struct shard_manifest *m
     return OK;
 }
 
+/* A run that follows a dump may be started before it. */
+static int wait_for_manifest(const struct config *c)
+{
+    char *manifest = path_join(c->shards_path, "manifest.json");
+    double start = now_seconds();
+    int rc = OK;
+    if (!path_exists(manifest)) printf("waiting for %s\n", manifest);
+    fflush(stdout);
+    while (rc == OK && !path_exists(manifest)) {
+        if (stop_requested) rc = fail(ERR_STOPPED, "stopped by a signal while waiting for %s", manifest);
+        else if (c->shards_wait_s > 0 && now_seconds() - start > c->shards_wait_s)
+            rc = fail(ERR_IO, "%s did not appear within %g seconds (shards.wait_s); start distill teacher-dump", manifest, c->shards_wait_s);
+        else nanosleep(&(struct timespec){.tv_nsec = 200000000}, NULL);
+    }
+    free(manifest);
+    return rc;
+}
+
 static int open_shards(struct trainer *t)
 {
     const struct config *c = t->c;
     int rc = OK;
     char *heldout = *c->shards_heldout_path ? xstrdup(c->shards_heldout_path) : xasprintf("%s-heldout", c->shards_path), *manifest = path_join(heldout, "manifest.json");
+    if (c->shards_follow) TRY(wait_for_manifest(c));
     TRY(shard_dataset_open(&t->dataset, c->shards_path));
     const struct shard_manifest *m = shard_dataset_manifest(t->dataset);
     TRY(check_targets(t, m));

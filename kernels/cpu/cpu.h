@@ -25,7 +25,7 @@ static inline size_t cpu_row_scratch(int64_t V, int K) { return (size_t)(2 * V) 
 
 /* e^x within 2 ulp of fp32, without branches: x = n ln 2 + r, |r| <= ln 2 / 2, e^r by its Taylor polynomial of degree 7
  * (the next term is below 6e-9), times 2^n through the exponent bits. Below -87 it is 0, as
- * masked logits of -INFINITY must be; above 88.7 it is INFINITY. NaN stays NaN. */
+ * masked logits of -INFINITY must be; above 88.37 it is INFINITY. NaN stays NaN. */
 static inline float exp_fp32(float x)
 {
     float n = rintf(x * 1.44269504088896341f);
@@ -42,7 +42,7 @@ static inline float exp_fp32(float x)
     union { int32_t i; float f; } scale = {.i = ((int32_t)n + 127) << 23};
     float y = p * scale.f;
     y = x < -87.0f ? 0.0f : y;
-    y = x > 88.7f ? INFINITY : y;
+    y = x > 88.37f ? INFINITY : y;
     return x != x ? x : y;
 }
 

@@ -18,5 +18,5 @@ rm -rf case && cp -r "$source_root/tests/golden/yarn" case
 sed -i 's/"reverse_kl"/"renyi_2"/' case/reference.json
 expect_exit 5 '1 loss kinds are missing' "$distill" check case
 "$distill" check case --allow-missing renyi_2 >check.log || fail "--allow-missing: $(tail -1 check.log)"
-expect_exit 3 'reference.json' "$distill" check "$world" 2>/dev/null || true
+expect_exit 4 'reference.json' "$distill" check "$world"
 finish

@@ -369,11 +369,18 @@ Test(shard, forged_structure)
     struct shard_file f;
     OK_OR_DIE(manifest_read(dir, &m, id));
     for (int t = 0; t < TRICKS; t++) {
+        static const H5I_type_t types[] = {H5I_FILE, H5I_GROUP, H5I_DATATYPE, H5I_DATASPACE, H5I_DATASET, H5I_ATTR, H5I_GENPROP_LST};
+        hsize_t before[7], after[7];
         forge_file(path, &m, id, (enum trick)t);
+        for (int i = 0; i < 7; i++) H5Inmembers(types[i], &before[i]);
         int rc = shard_file_open(&f, path, &m, id, 0, -1);
         cr_assert_eq(rc, parts[t] ? ERR_INPUT : OK, "trick %d: %s", t, fail_message());
         if (parts[t]) cr_assert(strstr(fail_message(), parts[t]), "trick %d: %s", t, fail_message());
         shard_file_close(&f);
+        for (int i = 0; i < 7; i++) {
+            H5Inmembers(types[i], &after[i]);
+            cr_assert_eq(before[i], after[i], "trick %d leaves a handle of type %d open", t, (int)types[i]);
+        }
     }
     id[0] ^= 1;
     forge_file(path, &m, id, PLAIN);

@@ -7,7 +7,7 @@ TestSuite(shard_faults, .init = setup, .fini = teardown, .timeout = 300);
 
 static int temporary_files(const char *dir)
 {
-    char *shards = kept_path(dir, "shards"), **names = NULL;
+    char *shards = path_join(dir, "shards"), **names = NULL;
     int n = 0, found = 0;
     if (path_is_dir(shards)) OK_OR_DIE(dir_list(shards, &names, &n));
     for (int i = 0; i < n; i++) found += names[i][0] == '.';
@@ -351,7 +351,7 @@ Test(shard_faults, leftovers)
         
         OK_OR_DIE(verify(dir));
     }
-    for (int i = 0; i < 4; i++) { unlink(kept_path(dir, aside[i])); }
+    for (int i = 0; i < 4; i++) unlink(kept_path(dir, aside[i]));
     same_tree(reference, dir, "after quarantine");
     spit(note, "keep me", 7);
     OK_OR_DIE(fixture_dump(dir, &m));

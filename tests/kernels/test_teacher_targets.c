@@ -1,0 +1,161 @@
+/* teacher_targets: what a dump keeps of a row, against long double and a sort. Rows are situations: ordinary, ties, a teacher so sure
+ * that the tail is 1e-30 of the mass, nothing but ties. Every output can be asked for alone. */
+#include "tests/kernels/ops.h"
+
+#include <math.h>
+#include <string.h>
+
+enum situation { ORDINARY, TIES, SURE, FAR_APART, UNIFORM, MASKED, NO_LABEL, SITUATIONS };
+enum wanted { HEAD_IDS = 1, HEAD_LOGPROB = 2, LSE = 4, TAIL = 8, ENTROPY = 16, LABEL = 32, PADDING = 64, FULL = 128, ALL = 255 };
+
+struct targets_case { int64_t V, Vv; int K, nT; float T[3]; int wanted; };
+static const struct targets_case cases[] = {
+    {1, 1, 1, 1, {1}, ALL},               {37, 33, 1, 1, {1}, ALL},              {37, 33, 8, 3, {1, 3, 0.3f}, ALL},  {40, 33, 33, 2, {2, 1}, ALL},
+    {33, 33, 32, 2, {0.1f, 20}, ALL},     {300, 300, 64, 1, {3}, ALL},           {2051, 2048, 256, 2, {1, 2}, ALL},  {515, 512, 16, 3, {1, 2, 4}, ALL},
+    {64, 50, 0, 1, {1}, LSE | TAIL | ENTROPY | LABEL | PADDING | FULL},
+    {64, 50, 5, 2, {1, 3}, HEAD_IDS},     {64, 50, 5, 2, {1, 3}, HEAD_LOGPROB},  {64, 50, 5, 2, {1, 3}, LSE},        {64, 50, 5, 2, {1, 3}, TAIL},
+    {64, 50, 5, 2, {1, 3}, ENTROPY},      {64, 50, 5, 2, {1, 3}, LABEL},         {64, 50, 5, 2, {1, 3}, FULL},       {64, 50, 5, 2, {1, 3}, PADDING},
+};
+
+static const char *name(const void *c_)
+{
+    const struct targets_case *c = c_;
+    return text("V %ld Vv %ld K %d nT %d T %g wanted %d", (long)c->V, (long)c->Vv, c->K, c->nT, (double)c->T[0], c->wanted);
+}
+
+struct inputs { float *t; int32_t labels[SITUATIONS]; };
+static struct inputs make_inputs(struct rig *r, const struct targets_case *c)
+{
+    struct inputs in = {.t = acts(r, SITUATIONS * c->V, 3, 1)};
+    for (int n = 0; n < SITUATIONS; n++) {
+        float *t = in.t + n * c->V;
+        int64_t best = (7 * n + 3) % c->Vv;
+        for (int64_t j = 0; j < c->V; j++) {
+            if (n == TIES) t[j] = roundf(t[j] / 3);
+            if (n == SURE && j < c->Vv && j != best) t[j] = bf16_to_float(bf16_from_float(t[j] / 8 - 75 * c->T[0]));
+            if (n == FAR_APART) t[j] *= 16;
+            if (n == UNIFORM) t[j] = 1.5f;
+            if (n == MASKED && j < c->Vv && j % 3 == 1) t[j] = -INFINITY;
+            if (!(c->wanted & PADDING) && j >= c->Vv) t[j] = j % 2 ? NAN : 1e30f;   /* padding is read for its mass, else never */
+        }
+        in.labels[n] = n == NO_LABEL ? -1 : (int32_t)((best + (n == MASKED ? 0 : n)) % c->Vv);
+        if (n == MASKED && in.labels[n] % 3 == 1) in.labels[n] = 0;
+    }
+    return in;
+}
+
+static void run(struct rig *r, const void *c_, struct outputs *out)
+{
+    const struct targets_case *c = c_;
+    struct inputs in = make_inputs(r, c);
+    int64_t R = SITUATIONS, heads = R * c->K, stats = R * c->nT, full = R * c->Vv;
+    rig_scratch(r, (struct op_limits){.N = R, .C = 8, .V = c->V, .chunk_rows = R, .Hq = 1, .Hkv = 1, .D = 8, .K = c->K});
+    struct teacher_targets o = {.nT = c->nT, .temperatures = c->T, .K = c->K};
+    if (c->wanted & HEAD_IDS) o.head_ids = poison(r, (size_t)heads * sizeof *o.head_ids);
+    if (c->wanted & HEAD_LOGPROB) o.head_logprob = poison_float(r, heads);
+    if (c->wanted & LSE) o.lse = poison_float(r, stats);
+    if (c->wanted & TAIL) o.tail_logmass = poison_float(r, stats);
+    if (c->wanted & ENTROPY) o.entropy = poison_float(r, R);
+    if (c->wanted & LABEL) o.label_logprob = poison_float(r, R);
+    if (c->wanted & PADDING) o.padding_mass = poison_float(r, R);
+    if (c->wanted & FULL) o.full = poison(r, (size_t)full * sizeof *o.full);
+    const act *logits = upload_act(r, in.t, R * c->V);
+    const int32_t *labels = upload(r, in.labels, sizeof in.labels);
+    r->op->teacher_targets(r->be, &o, logits, labels, R, c->V, c->Vv);
+
+    if (o.head_ids) {
+        int32_t *ids = (int32_t *)floats(r, heads);
+        float *as_float = floats(r, heads);
+        r->op->download(r->be, ids, o.head_ids, (size_t)heads * sizeof *ids);
+        for (int64_t i = 0; i < heads; i++) as_float[i] = (float)ids[i];
+        take_host(out, "head_ids", EXACT, as_float, heads);
+    }
+    if (o.head_logprob) take_float(out, r, "head_logprob", FORWARD, o.head_logprob, heads);
+    if (o.lse) take_float(out, r, "lse", FORWARD, o.lse, stats);
+    if (o.tail_logmass) take_float(out, r, "tail_logmass", FORWARD, o.tail_logmass, stats);
+    if (o.entropy) take_float(out, r, "entropy", FORWARD, o.entropy, R);
+    if (o.label_logprob) take_float(out, r, "label_logprob", FORWARD, o.label_logprob, R);
+    if (o.padding_mass) take_float(out, r, "padding_mass", FORWARD, o.padding_mass, R);
+    if (o.full) {
+        uint16_t *half = (uint16_t *)floats(r, full);
+        float *as_float = floats(r, full);
+        r->op->download(r->be, half, o.full, (size_t)full * sizeof *half);
+        for (int64_t i = 0; i < full; i++) as_float[i] = f16_to_float(half[i]);
+        take_host(out, "full", FORWARD, as_float, full);
+    }
+    for (int i = 0; i < out->n; i++) out->o[i].floor = out->o[i].bound == EXACT ? 0 : 1e-3;   /* at V = 1 every log-probability is 0 */
+}
+
+static long double log_sum_exp(const float *x, const bool *skip, int64_t n, long double scale)
+{
+    long double top = -INFINITY, sum = 0;
+    for (int64_t j = 0; j < n; j++) if (!(skip && skip[j]) && x[j] * scale > top) top = x[j] * scale;
+    if (top == -INFINITY) return top;
+    for (int64_t j = 0; j < n; j++) if (!(skip && skip[j])) sum += expl(x[j] * scale - top);
+    return top + logl(sum);
+}
+
+static const float *sorted_row;                 /* qsort has no context */
+static int descending(const void *a_, const void *b_)
+{
+    int32_t a = *(const int32_t *)a_, b = *(const int32_t *)b_;
+    return sorted_row[a] != sorted_row[b] ? (sorted_row[a] < sorted_row[b] ? 1 : -1) : a - b;
+}
+
+Test(cpu, definition)
+{
+    struct rig r;
+    rig_open_cpu(&r);
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        const struct targets_case *c = &cases[i];
+        struct outputs out = {0};
+        run(&r, c, &out);
+        struct inputs in = make_inputs(&r, c);
+        int32_t *order = xmalloc((size_t)c->Vv * sizeof *order);
+        for (int n = 0; n < SITUATIONS; n++) {
+            const float *t = in.t + n * c->V;
+            const char *what = text("%s, row %d", name(c), n);
+            double lse[3], tail[3], entropy = 0, *head = xmalloc((size_t)c->K * sizeof *head + 1), *ids = xmalloc((size_t)c->K * sizeof *ids + 1), *full = xmalloc((size_t)c->Vv * sizeof *full);
+            bool *stored = xcalloc((size_t)c->Vv, sizeof *stored);
+            for (int64_t j = 0; j < c->Vv; j++) order[j] = (int32_t)j;
+            sorted_row = t;
+            qsort(order, (size_t)c->Vv, sizeof *order, descending);
+            long double l0 = log_sum_exp(t, NULL, c->Vv, 1 / (long double)c->T[0]);
+            for (int k = 0; k < c->K; k++) {
+                ids[k] = order[k];
+                head[k] = (double)(t[order[k]] / (long double)c->T[0] - l0);
+                stored[order[k]] = true;
+            }
+            for (int k = 0; k < c->nT; k++) {
+                long double all = log_sum_exp(t, NULL, c->Vv, 1 / (long double)c->T[k]);
+                lse[k] = (double)all;
+                tail[k] = (double)(log_sum_exp(t, stored, c->Vv, 1 / (long double)c->T[k]) - all);
+            }
+            for (int64_t j = 0; j < c->Vv; j++) {
+                long double log_p = t[j] / (long double)c->T[0] - l0;
+                if (t[j] > -INFINITY) entropy -= (double)(expl(log_p) * log_p);
+                full[j] = (double)f16_to_float(f16_from_float(t[j] * (1 / c->T[0])));
+            }
+            double label = in.labels[n] < 0 ? 0 : (double)(t[in.labels[n]] / (long double)c->T[0] - l0), padding = 0;
+            if (c->wanted & PADDING && c->V > c->Vv) padding = (double)expl(log_sum_exp(t + c->Vv, NULL, c->V - c->Vv, 1) - log_sum_exp(t, NULL, c->V, 1));
+            if (c->wanted & HEAD_IDS) expect_floats(output(&out, "head_ids")->x + n * c->K, ids, c->K, 0, 0, what, "head_ids");
+            if (c->wanted & HEAD_LOGPROB) expect_floats(output(&out, "head_logprob")->x + n * c->K, head, c->K, 1, 3e-7, what, "head_logprob");
+            if (c->wanted & LSE) expect_floats(output(&out, "lse")->x + n * c->nT, lse, c->nT, 1, 3e-7, what, "lse");
+            for (int k = 0; k < c->nT && c->wanted & TAIL; k++) expect_floats(output(&out, "tail_logmass")->x + n * c->nT + k, &tail[k], 1, 1, 3e-7, what, "tail_logmass");
+            if (c->wanted & ENTROPY) expect_floats(output(&out, "entropy")->x + n, &entropy, 1, 0.1, 2e-6, what, "entropy");
+            if (c->wanted & LABEL) expect_floats(output(&out, "label_logprob")->x + n, &label, 1, 1, 3e-7, what, "label_logprob");
+            if (c->wanted & PADDING) expect_floats(output(&out, "padding_mass")->x + n, &padding, 1, 1e-30, 2e-6, what, "padding_mass");
+            if (c->wanted & FULL) expect_floats(output(&out, "full")->x + n * c->Vv, full, c->Vv, 0, 0, what, "full");
+            if (n == SURE && c->wanted & TAIL && c->K && c->K < c->Vv) cr_assert(tail[0] < -60, "%s: the tail is not tiny: %g", what, tail[0]);
+            free(head); free(ids); free(full); free(stored);
+        }
+        free(order);
+        outputs_free(&out);
+        rig_reset(&r, name(c));
+    }
+    rig_close(&r);
+}
+
+static const struct case_list list = {"teacher_targets", cases, COUNT(cases), sizeof *cases, run, name};
+Test(gpu, fp32) { ops_compare(&list, "fp32"); }
+Test(gpu, bf16) { ops_compare(&list, "bf16"); }
