@@ -222,7 +222,7 @@ static void set_write(const struct set *s, bool negated, struct buffer *out)
     if (!s->others.n) buffer_add_string(out, "(?!)");
     else {
         bool single = !s->items.n && !strchr(s->others.data, '|');
-        if (!single) buffer_add_string(out, "(?:");
+        if (!single) buffer_add_string(out, "(?>");   /* one way to match a character is enough: nothing to backtrack into */
         if (s->items.n) {
             buffer_add_string(out, "[");
             buffer_add(out, s->items.data, s->items.n);

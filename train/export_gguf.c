@@ -73,7 +73,6 @@ static void put_model(struct gguf_writer *w, const struct export *x)
     gguf_put_string(w, "general.name", name && name[1] ? name + 1 : x->source->path);
     gguf_put_u32(w, "general.file_type", file_type);
     gguf_put_u32(w, "general.quantization_version", 2);
-    gguf_put_u32(w, "general.alignment", 32);
     put_u32(w, arch, "block_count", c->n_layers);
     put_u32(w, arch, "context_length", c->max_position);
     put_u32(w, arch, "embedding_length", c->hidden_size);

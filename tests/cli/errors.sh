@@ -14,9 +14,9 @@ expect_exit 2 'optimizer.lr' "$distill" train config.yaml --set optimizer.lr=fas
 expect_exit 2 'train.batch_rows' "$distill" train config.yaml --set train.batch_rows=5 --set run.dir=x
 expect_exit 2 'nothing to learn' "$distill" train config.yaml --set objective.kd_weight=0 --set run.dir=x
 expect_exit 2 'has no teacher' "$distill" train config.yaml --set train.source=corpus --set run.dir=x
-expect_exit 2 'student.config' "$distill" train config.yaml --set student.config= --set run.dir=x
+expect_exit 2 'student.config' "$distill" train config.yaml --set "student.config=''" --set run.dir=x
 expect_exit 2 'CUDA|cuda' "$distill" train config.yaml --set run.device=cuda --set run.dir=x
-expect_exit 2 'teacher.path' "$distill" teacher-dump config.yaml --set teacher.path=
+expect_exit 2 'teacher.path' "$distill" teacher-dump config.yaml --set "teacher.path=''"
 printf 'run:\n  dri: x\n' >bad.yaml
 expect_exit 2 'bad.yaml:2.*run.dir' "$distill" train bad.yaml
 expect_exit 4 'absent.yaml' "$distill" train absent.yaml

@@ -36,5 +36,5 @@ for divergence in forward_kl reverse_kl jsd skew_kl tvd; do
     "$distill" train config.yaml --set run.dir=run-$divergence --set shards.path=full --set objective.divergence=$divergence --set train.steps=3 >$divergence.log || fail "$divergence on full targets"
 done
 "$distill" train config.yaml --set run.dir=run4 --set objective.kd_weight=0 --set objective.ce_weight=1 --set train.steps=3 >run4.log || fail "hard labels from shards"
-"$distill" bench config.yaml --set bench.steps=1 --set bench.seconds=0 --set teacher.path= >bench.log || fail "bench"
+"$distill" bench config.yaml --set bench.steps=1 --set bench.seconds=0 --set "teacher.path=''" >bench.log || fail "bench"
 finish

@@ -379,7 +379,7 @@ Test(shard, forged_structure)
         shard_file_close(&f);
         for (int i = 0; i < 7; i++) {
             H5Inmembers(types[i], &after[i]);
-            cr_assert_eq(before[i], after[i], "trick %d leaves a handle of type %d open", t, (int)types[i]);
+            cr_assert_eq(before[i], after[i], "trick %d: %d handles of type %d before, %d after", t, (int)before[i], (int)types[i], (int)after[i]);
         }
     }
     id[0] ^= 1;

@@ -1,1 +1,0 @@
-/* empty until the first file */ typedef int data_module;
