@@ -50,6 +50,7 @@ int fail_in(int status, const char *fmt, ...)
     memcpy(old, message, sizeof old);
     int n = snprintf(message, sizeof message, "%s: ", context);
     snprintf(message + n, sizeof message - (size_t)n, "%s", old);
+    make_printable(message);
     return status;
 }
 
@@ -66,12 +67,13 @@ _Noreturn void check_failed(const char *file, int line, const char *cond, const 
 
 void warn(const char *fmt, ...)
 {
+    char text[sizeof message];
     va_list ap;
     va_start(ap, fmt);
-    fputs("distill: warning: ", stderr);
-    vfprintf(stderr, fmt, ap);
-    fputc('\n', stderr);
+    vsnprintf(text, sizeof text, fmt, ap);
     va_end(ap);
+    make_printable(text);
+    fprintf(stderr, "distill: warning: %s\n", text);
 }
 
 static void *checked(void *p, size_t bytes)

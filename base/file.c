@@ -119,7 +119,7 @@ int dir_make(const char *path)
 {
     char *p = xstrdup(path);
     int rc = OK;
-    for (char *s = p + 1;; s++) {
+    for (char *s = p + (*p != 0);; s++) {
         char c = *s;
         if (c && c != '/') continue;
         *s = 0;
@@ -140,12 +140,18 @@ int dir_list(const char *path, char ***names, int *n)
     if (!d) return fail_errno(ERR_IO, "%s: cannot open this directory", path);
     char **list = NULL;
     int count = 0, room = 0;
-    for (struct dirent *e; (e = readdir(d));) {
+    for (struct dirent *e; errno = 0, (e = readdir(d));) {
         if (!strcmp(e->d_name, ".") || !strcmp(e->d_name, "..")) continue;
         if (count == room) list = xrealloc(list, (size_t)(room = room ? 2 * room : 16) * sizeof *list);
         list[count++] = xstrdup(e->d_name);
     }
+    int error = errno;
     closedir(d);
+    if (error) {
+        names_free(list, count);
+        errno = error;
+        return fail_errno(ERR_IO, "%s: cannot read this directory", path);
+    }
     if (count) qsort(list, (size_t)count, sizeof *list, by_name);
     *names = list;
     *n = count;

@@ -17,7 +17,8 @@ static const char *const SPECIAL[] = {"<|endoftext|>", "<|im_start|>", "<|im_end
 enum { BYTES = 256, N_SPECIAL = sizeof SPECIAL / sizeof *SPECIAL };
 
 struct word { int64_t text; int32_t n, length; int64_t count; int32_t *symbols; };   /* text: offset into `texts`; n bytes; length symbols */
-struct pair { uint64_t key; int64_t count; int32_t *words; int32_t n_words, room; };  /* key: left << 32 | right, plus one, so that 0 is an empty slot */
+/* key: left << 32 | right, plus one, so that 0 is an empty slot; grown: 1 + the last merge that added occurrences */
+struct pair { uint64_t key; int64_t count; int32_t *words; int32_t n_words, room, grown; };
 struct candidate { int64_t count; uint64_t key; };
 
 struct bpe_trainer {
@@ -29,6 +30,7 @@ struct bpe_trainer {
     int64_t *word_slot; int64_t word_slots;                   /* open addressing: index + 1 */
     struct pair *pair; int64_t pair_slots, n_pairs;
     struct candidate *heap; int64_t n_heap, heap_room;
+    uint64_t *grown; int64_t n_grown, grown_room;             /* keys of the pairs that the merge under way added occurrences of */
     int32_t (*merge)[2]; int32_t n_merges;
 };
 
@@ -145,7 +147,7 @@ static struct candidate heap_pop(struct bpe_trainer *t)
     return top;
 }
 
-/* `by` more occurrences of a pair in word `w`; a pair that grows is offered to the heap again. */
+/* `by` more occurrences of a pair in word `w`. The same merge may take them away again, so what grew is only noted here. */
 static void change_pair(struct bpe_trainer *t, int32_t left, int32_t right, int64_t by, int32_t w)
 {
     struct pair *p = find_pair(t, pair_key(left, right));
@@ -155,6 +157,17 @@ static void change_pair(struct bpe_trainer *t, int32_t left, int32_t right, int6
         if (p->n_words == p->room) p->words = xrealloc(p->words, (size_t)(p->room = p->room ? 2 * p->room : 4) * sizeof *p->words);
         p->words[p->n_words++] = w;
     }
+    if (p->grown == t->n_merges + 1) return;
+    p->grown = t->n_merges + 1;
+    if (t->n_grown == t->grown_room) t->grown = xrealloc(t->grown, (size_t)(t->grown_room = t->grown_room ? 2 * t->grown_room : 1 << 14) * sizeof *t->grown);
+    t->grown[t->n_grown++] = p->key;
+}
+
+/* Every pair that grew enters the heap with the count it has now. */
+static void offer_grown(struct bpe_trainer *t)
+{
+    for (int64_t i = 0; i < t->n_grown; i++) heap_push(t, (struct candidate){find_pair(t, t->grown[i])->count, t->grown[i]});
+    t->n_grown = 0;
 }
 
 static void merge_in_word(struct bpe_trainer *t, int32_t index, int32_t left, int32_t right, int32_t merged)
@@ -188,7 +201,7 @@ static void learn(struct bpe_trainer *t, int32_t merges)
         for (int32_t j = 0; j < w->n; j++) w->symbols[j] = (unsigned char)t->texts.data[w->text + j];
         for (int32_t j = 0; j + 1 < w->n; j++) change_pair(t, w->symbols[j], w->symbols[j + 1], w->count, i);
     }
-    for (int64_t i = 0; i < t->pair_slots; i++) if (t->pair[i].key) heap_push(t, (struct candidate){t->pair[i].count, t->pair[i].key});
+    offer_grown(t);
     t->merge = xmalloc((size_t)(merges > 0 ? merges : 1) * sizeof *t->merge);
     while (t->n_merges < merges && t->n_heap) {
         struct candidate c = heap_pop(t);
@@ -199,21 +212,13 @@ static void learn(struct bpe_trainer *t, int32_t merges)
         }
         if (p->count < 2) break;
         int32_t left = key_left(c.key), right = key_right(c.key), merged = BYTES + t->n_merges, n = p->n_words, *words = p->words;
-        int64_t before = t->n_pairs;
         t->merge[t->n_merges][0] = left;
         t->merge[t->n_merges++][1] = right;
         p->words = NULL;                                       /* the pair is gone from every word after this */
         p->count = p->n_words = p->room = 0;
         for (int32_t i = 0; i < n; i++) merge_in_word(t, words[i], left, right, merged);
-        /* new pairs hold the new symbol: offer each once */
-        for (int32_t i = 0; i < n && t->n_pairs > before; i++) {
-            struct word *w = &t->word[words[i]];
-            for (int32_t j = 0; j + 1 < w->length; j++) {
-                if (w->symbols[j] != merged && w->symbols[j + 1] != merged) continue;
-                struct pair *fresh = find_pair(t, pair_key(w->symbols[j], w->symbols[j + 1]));
-                if (fresh->count > 1 && fresh->words && fresh->words[0] == words[i]) heap_push(t, (struct candidate){fresh->count, fresh->key});
-            }
-        }
+        find_pair(t, c.key)->count = 0;                        /* overlaps (aaa) were counted twice */
+        offer_grown(t);
         free(words);
     }
 }
@@ -293,6 +298,7 @@ void bpe_trainer_free(struct bpe_trainer *t)
     for (int64_t i = 0; i < t->pair_slots; i++) free(t->pair[i].words);
     free(t->pair);
     free(t->heap);
+    free(t->grown);
     free(t->merge);
     free(t);
 }

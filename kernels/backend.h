@@ -103,7 +103,7 @@ struct ops {
     void *(*alloc)(struct backend *be, size_t bytes);                     /* NULL when there is no room; 256-byte aligned */
     void (*release)(struct backend *be, void *p);
     int64_t (*available)(struct backend *be);                             /* bytes that alloc could give out now */
-    void (*upload)(struct backend *be, void *to, const void *from_host, size_t bytes);
+    void (*upload)(struct backend *be, void *to, const void *from_host, size_t bytes);   /* from_host may be reused at once, unless it is pinned memory: then after sync() */
     void (*download)(struct backend *be, void *to_host, const void *from, size_t bytes);   /* waits */
     void (*upload_act)(struct backend *be, act *to, const float *from_host, int64_t count);       /* rounds to act_dtype; waits */
     void (*download_act)(struct backend *be, float *to_host, const act *from, int64_t count);     /* waits */
@@ -174,9 +174,15 @@ struct backend {
     const struct ops *ops;
     void *scratch; size_t scratch_bytes;/* set by the caller from its memory plan, at least ops->scratch_bytes() */
     void *state;                        /* the backend's own */
+    const char *description;            /* card and library versions, for the start of a run; NULL: nothing to say */
 };
 
-struct backend_options { const char *device; const char *precision; int threads; };   /* "cpu"|"cuda"; "fp32"|"bf16", NULL: the device's production type; 0: all cores */
+struct backend_options {
+    const char *device;                 /* "cpu", "cuda" */
+    const char *precision;              /* "fp32", "bf16"; NULL: the device's production type */
+    int threads;                        /* 0: all cores */
+    const char *recipe;                 /* with bf16: "compact" (bf16 gradients and moments, no master), "exact" (fp32 gradients, moments, master); NULL: compact */
+};
 /* ERR_USAGE: unknown device, or this build or machine has none (says which). Refuses a table with a NULL entry by number (our bug). */
 int  backend_open(struct backend **out, const struct backend_options *o);
 void backend_close(struct backend *be);                 /* NULL-safe */

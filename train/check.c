@@ -125,9 +125,11 @@ static int open_case(struct check *c, const struct backend_options *options)
     TRY(json_get_int(c->json, "topk", json, 0, &k));
     if (c->T <= 0 || k < 1 || k > 4096) { rc = fail(ERR_INPUT, "%s: temperature must be above 0 and topk between 1 and 4096", json); goto out; }
     c->k = (int)k;
+    if (json_object_size(json_object_get(c->json, "losses")) == 0) { rc = fail(ERR_INPUT, "%s: losses is no object of loss kinds; make the case again with scripts/make_reference.py", json); goto out; }
     TRY(tensor_set_open(&c->ref, tensors));
     TRY(model_files_open(&c->teacher_files, teacher));
     TRY(model_files_open(&c->student_files, student));
+    if (k > c->teacher_files->config->vocab_size) { rc = fail(ERR_INPUT, "%s: topk is %lld, but the vocabulary has %lld ids", json, (long long)k, (long long)c->teacher_files->config->vocab_size); goto out; }
     TRY(read_batch(c));
     TRY(backend_open(&c->be, options));
 

@@ -124,16 +124,41 @@ out:
 
 static char *checkpoints_dir(const char *run_dir) { return path_join(run_dir, "checkpoints"); }
 
-/* Removes what dead writers left and all but the newest `keep`. Names sort by step. */
-static int prune(const char *dir, int64_t keep)
+/* step-00000012 -> 12; -1: not a checkpoint's name. Steps are padded to 8 digits, larger ones have more. */
+static int64_t step_of(const char *name)
+{
+    const char *digits = name + sizeof PREFIX - 1;
+    size_t n;
+    if (strncmp(name, PREFIX, sizeof PREFIX - 1) || (n = strspn(digits, "0123456789")) < 8 || n > 18 || digits[n]) return -1;
+    return strtoll(digits, NULL, 10);
+}
+
+static int newest_first(const void *a, const void *b)
+{
+    const char *x = *(char *const *)a, *y = *(char *const *)b;
+    int64_t s = step_of(x), t = step_of(y);
+    return s != t ? (s < t) - (s > t) : strcmp(x, y);
+}
+
+static int list_newest_first(const char *dir, char ***names, int *n)
+{
+    int rc = dir_list(dir, names, n);
+    if (rc == OK && *n) qsort(*names, (size_t)*n, sizeof **names, newest_first);
+    return rc;
+}
+
+/* Removes what dead writers left and, of the checkpoints up to `step`, all but the newest `keep`. One beyond `step` was passed over as
+ * broken by the load this run began with: it must not count, or it would push out the one just written. */
+static int prune(const char *dir, int64_t step, int64_t keep)
 {
     int rc = OK, n = 0;
     int64_t kept = 0;
     char **names = NULL;
-    TRY(dir_list(dir, &names, &n));
-    for (int i = n - 1; i >= 0; i--) {
-        bool step = !strncmp(names[i], PREFIX, sizeof PREFIX - 1), temporary = !strncmp(names[i], TEMPORARY, sizeof TEMPORARY - 1);
-        if (!temporary && !(step && ++kept > keep)) continue;
+    TRY(list_newest_first(dir, &names, &n));
+    for (int i = 0; i < n; i++) {
+        int64_t s = step_of(names[i]);
+        bool temporary = !strncmp(names[i], TEMPORARY, sizeof TEMPORARY - 1), old = s >= 0 && s <= step && ++kept > keep;
+        if (!temporary && !old) continue;
         char *path = path_join(dir, names[i]);
         rc = dir_remove_tree(path);
         free(path);
@@ -158,7 +183,7 @@ int checkpoint_save(const char *run_dir, const struct model *m, const struct opt
     if (rename(temporary, final)) { rc = fail_errno(ERR_IO, "%s: cannot rename to %s", temporary, final); goto out; }
     TRY(FAILPOINT("checkpoint.after_rename"));
     TRY(file_sync_dir(dir));
-    TRY(prune(dir, keep));
+    TRY(prune(dir, s->step, keep));
 out:
     if (rc != OK) fail_in(rc, "checkpoint of step %lld", (long long)s->step);
     free(dir);
@@ -193,17 +218,20 @@ int checkpoint_find(const char *run_dir, char **path)
     int rc = OK, n = 0;
     char *dir = checkpoints_dir(run_dir), **names = NULL;
     *path = NULL;
+    int broken = 0;
     if (!path_is_dir(dir)) goto out;
-    TRY(dir_list(dir, &names, &n));
-    for (int i = n - 1; i >= 0 && !*path; i--) {
-        if (strncmp(names[i], PREFIX, sizeof PREFIX - 1)) continue;
+    TRY(list_newest_first(dir, &names, &n));
+    for (int i = 0; i < n && !*path; i++) {
+        if (step_of(names[i]) < 0) continue;
         char *candidate = path_join(dir, names[i]);
         if (verify(candidate) == OK) *path = candidate;
         else {
             warn("checkpoint %s is broken (%s); falling back to the one before it", candidate, fail_message());
             free(candidate);
+            broken++;
         }
     }
+    if (!*path && broken) rc = fail(ERR_INPUT, "%s: none of its %d checkpoints is intact; remove the directory to train from the beginning, or choose another run.dir", dir, broken);
 out:
     names_free(names, n);
     free(dir);

@@ -22,10 +22,11 @@ struct train_state {
     char data_id[SHA256_HEX];            /* dataset id or corpus hash */
 };
 
-/* `tokenizer_dir` NULL: none to copy. Keeps the newest `keep` (>= 1) checkpoints afterwards; leftovers of dead writers are removed. */
+/* `tokenizer_dir` NULL: none to copy. Keeps the newest `keep` (>= 1) checkpoints afterwards, itself
+ * among them; leftovers of dead writers are removed. */
 int checkpoint_save(const char *run_dir, const struct model *m, const struct optimizer *o, const struct train_state *s, const struct config *config,
                     const char *tokenizer_dir, int64_t keep);
-/* Newest checkpoint whose files verify; *path malloc'd, NULL when there is none. */
+/* Newest checkpoint whose files verify; *path malloc'd, NULL when there is none. ERR_INPUT: there are some and every one is broken. */
 int checkpoint_find(const char *run_dir, char **path);
 /* Weights, moments and state. ERR_MISMATCH when it belongs to another architecture. */
 int checkpoint_load(const char *path, struct model *m, struct optimizer *o, struct train_state *s);

@@ -391,10 +391,11 @@ static const struct column *column_named(const struct eval *e, const char *name)
     return NULL;
 }
 
-/* False when the three are not all there. */
+/* False when the three are not all there. The distilled model is the one of that name, or eval.model. */
 static bool gap_closed(const struct eval *e, double *top1, double *loss)
 {
     const struct column *kd = column_named(e, "distilled"), *ce = column_named(e, "control"), *t = &e->column[0];
+    if (!kd) kd = column_named(e, "student");
     if (!e->teacher || !kd || !ce) return false;
     *top1 = closed(kd->r.top1, ce->r.top1, t->r.top1, t->r.top1 > ce->r.top1);
     *loss = closed(kd->r.loss, ce->r.loss, t->r.loss, t->r.loss < ce->r.loss);
@@ -537,8 +538,8 @@ int command_eval(int argc, char **argv)
                        "agreement and KL both ways. Rows are the held-out documents of corpus.files, or those of the dataset shards.heldout_path when corpus.files\n"
                        "is empty. A table on standard output; the same as JSON in eval.json. With eval.json=- standard output is JSON and the table goes to standard error.",
                        "distill eval run.yaml --model distilled=runs/kd/checkpoints/step-00002000 --model control=runs/ce/checkpoints/step-00002000", model_flag, &e,
-                       "  --model NAME=PATH    a further model, one column each; may be repeated. Models named distilled and control, with a teacher,\n"
-                       "                       also give the gap closed: (distilled - control) / (teacher - control)\n", &c, &help));
+                       "  --model NAME=PATH    a further model, one column each; may be repeated. A teacher, a model named distilled (or eval.model)\n"
+                       "                       and one named control also give the gap closed: (distilled - control) / (teacher - control)\n", &c, &help));
     if (help) goto out;
     e.c = c;
     bool json_out = !strcmp(c->eval_json, "-");

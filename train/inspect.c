@@ -1,7 +1,8 @@
-/* distill inspect PATH: finds out what PATH is and has it read by who knows it. Owns the report, and the listing of single files
- * (safetensors headers). */
+/* distill inspect PATH: finds out what PATH is and has it read by who knows it. Owns the report, and the listing of single files:
+ * the tensors of a safetensors file, keys and tensors of a GGUF file. */
 #include "train/inspect.h"
 
+#include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
@@ -9,6 +10,7 @@
 
 #include "base/error.h"
 #include "base/file.h"
+#include "data/gguf.h"
 #include "data/safetensors.h"
 #include "train/command.h"
 
@@ -88,34 +90,119 @@ int display_width(const char *utf8)
 
 /* ---- single files ---- */
 
+enum { SHAPE_TEXT = TENSOR_MAX_DIMS * 24 };
+
+/* One line of a list of tensors, and section[name]. */
+static void report_tensor(struct report *r, int width, const char *name, const char *dtype, int n_dims, const int64_t *shape, size_t bytes)
+{
+    json_t *list = json_array();
+    char text[SHAPE_TEXT] = "", *at = text;
+    for (int d = 0; d < n_dims; d++) {
+        json_array_append_new(list, json_integer(shape[d]));
+        at += sprintf(at, "%s%lld", d ? ", " : "", (long long)shape[d]);
+    }
+    json_object_set_new(r->section, name, json_pack("{s:s, s:o, s:I}", "dtype", dtype, "shape", list, "bytes", (json_int_t)bytes));
+    if (!r->json) printf("  %-*s  %-7s  [%s]  %s\n", width, name, dtype, text, bytes_text((int64_t)bytes));
+}
+
+static void report_total(struct report *r, int tensors, int64_t elements, int64_t bytes)
+{
+    report_section(r, "total", "total");
+    report_int(r, "tensors", "tensors", tensors);
+    report_int(r, "elements", "elements", elements);
+    report_line(r, "bytes", json_integer(bytes), "bytes of the tensors", "%lld (%s)", (long long)bytes, bytes_text(bytes));
+}
+
+static int wider(int width, const char *name) { return (int)strlen(name) > width ? (int)strlen(name) : width; }
+
 static int inspect_safetensors(struct report *r, const char *path)
 {
     struct tensor_set *set = NULL;
-    int rc = OK;
-    TRY(tensor_set_open(&set, path));
     int64_t elements = 0, bytes = 0;
-    int n = tensor_set_count(set), widest = 6;
+    int rc = OK, width = 0;
+    TRY(tensor_set_open(&set, path));
+    int n = tensor_set_count(set);
     report_section(r, "tensors", path);
-    for (int i = 0; i < n; i++) if ((int)strlen(tensor_set_at(set, i)->name) > widest) widest = (int)strlen(tensor_set_at(set, i)->name);
+    for (int i = 0; i < n; i++) width = wider(width, tensor_set_at(set, i)->name);
     for (int i = 0; i < n; i++) {
         const struct tensor_view *v = tensor_set_at(set, i);
-        json_t *shape = json_array();
-        char text[TENSOR_MAX_DIMS * 24] = "", *at = text;
-        for (int d = 0; d < v->n_dims; d++) {
-            json_array_append_new(shape, json_integer(v->shape[d]));
-            at += sprintf(at, "%s%lld", d ? ", " : "", (long long)v->shape[d]);
-        }
-        json_object_set_new(r->section, v->name, json_pack("{s:s, s:o, s:I}", "dtype", dtype_name(v->dtype), "shape", shape, "bytes", (json_int_t)v->bytes));
-        if (!r->json) printf("  %-*s  %-7s  [%s]  %s\n", widest, v->name, dtype_name(v->dtype), text, bytes_text((int64_t)v->bytes));
+        report_tensor(r, width, v->name, dtype_name(v->dtype), v->n_dims, v->shape, v->bytes);
         elements += v->count;
         bytes += (int64_t)v->bytes;
     }
-    report_section(r, "total", "total");
-    report_int(r, "tensors", "tensors", n);
-    report_int(r, "elements", "elements", elements);
-    report_line(r, "bytes", json_integer(bytes), "bytes", "%lld (%s)", (long long)bytes, bytes_text(bytes));
+    report_total(r, n, elements, bytes);
 out:
     tensor_set_close(set);
+    return rc;
+}
+
+/* A key's value as a person reads it: numbers, the beginning of a text, the length of an array. malloc'd */
+static char *gguf_value_text(const struct gguf_file *f, const struct gguf_value *v)
+{
+    static const char *const names[GGUF_TYPE_COUNT] = {"u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "string", "array", "u64", "i64", "f64"};
+    enum { SHOWN_BYTES = 72 };
+    double real = 0;
+    int64_t whole = 0;
+    bool present;
+    if (v->type == GGUF_ARRAY) return xasprintf("%llu x %s", (unsigned long long)v->count, names[v->item]);
+    if (v->type == GGUF_BOOL) return xstrdup(v->data[0] ? "true" : "false");
+    if (v->type == GGUF_STRING) {
+        char *inner = escaped((const char *)v->data, v->bytes < SHOWN_BYTES ? v->bytes : SHOWN_BYTES);
+        char *text = xasprintf("\"%s\"%s", inner, v->bytes > SHOWN_BYTES ? "..." : "");
+        free(inner);
+        return text;
+    }
+    if (v->type == GGUF_F32 || v->type == GGUF_F64) return gguf_get_double(f, v->key, &real, &present) == OK ? xasprintf("%.8g", real) : xstrdup("?");
+    return gguf_get_int(f, v->key, &whole, &present) == OK ? xasprintf("%lld", (long long)whole) : xstrdup("?");
+}
+
+static int64_t count_bad(const struct gguf_tensor *t)
+{
+    enum { STAGE = 1 << 16 };
+    float *stage = xmalloc(STAGE * sizeof *stage);
+    int64_t bad = 0;
+    for (int64_t first = 0; first < t->count; first += STAGE) {
+        int64_t n = t->count - first < STAGE ? t->count - first : STAGE;
+        gguf_to_float(t, first, n, stage);
+        for (int64_t i = 0; i < n; i++) bad += !isfinite(stage[i]);
+    }
+    free(stage);
+    return bad;
+}
+
+static int inspect_gguf(struct report *r, const char *path)
+{
+    struct gguf_file *f = NULL;
+    const struct gguf_tensor *worst = NULL;
+    int64_t elements = 0, bytes = 0, bad = 0;
+    int rc = OK, width = 0;
+    TRY(gguf_open(&f, path));
+    report_section(r, "keys", path);
+    for (int i = 0; i < gguf_key_count(f); i++) width = wider(width, gguf_key_at(f, i)->key);
+    for (int i = 0; i < gguf_key_count(f); i++) {
+        const struct gguf_value *v = gguf_key_at(f, i);
+        char *text = gguf_value_text(f, v);
+        json_object_set_new(r->section, v->key, json_string(text));
+        if (!r->json) printf("  %-*s  %s\n", width, v->key, text);
+        free(text);
+    }
+    report_section(r, "tensors", "tensors");
+    width = 0;
+    for (int i = 0; i < gguf_tensor_count(f); i++) width = wider(width, gguf_tensor_at(f, i)->name);
+    for (int i = 0; i < gguf_tensor_count(f); i++) {
+        const struct gguf_tensor *t = gguf_tensor_at(f, i);
+        int64_t here = count_bad(t);
+        report_tensor(r, width, t->name, gguf_dtype_name(t->dtype), t->n_dims, t->shape, t->bytes);
+        elements += t->count;
+        bytes += (int64_t)t->bytes;
+        if (here && !worst) worst = t;
+        bad += here;
+    }
+    report_total(r, gguf_tensor_count(f), elements, bytes);
+    report_line(r, "not_finite", json_integer(bad), "NaN and Inf", bad ? "%lld" : "none", (long long)bad);
+    if (bad) rc = fail(ERR_NUMERIC, "%s: %lld values are NaN or Inf, the first in %s; export it again from good weights", path, (long long)bad, worst->name);
+out:
+    gguf_close(f);
     return rc;
 }
 
@@ -168,7 +255,8 @@ static int inspect_path(struct report *r, const struct inspect_options *o)
     if (path_is_dir(path) && holds(path, "checkpoints"))
         return fail(ERR_USAGE, "%s is the directory of a run; inspect one of its checkpoints, %s/checkpoints/step-NNNNNNNN", path, path);
     if (ends_with(path, ".safetensors")) return inspect_safetensors(r, path);
-    return fail(ERR_USAGE, "%s is none of what inspect reads: a model directory (config.json), a dataset (manifest.json), a shard (shard-NNNNNN.h5), a .safetensors file", path);
+    if (ends_with(path, ".gguf")) return inspect_gguf(r, path);
+    return fail(ERR_USAGE, "%s is none of what inspect reads: a model directory (config.json), a dataset (manifest.json), a shard (shard-NNNNNN.h5), a .safetensors or .gguf file", path);
 }
 
 static void print_help(void)
@@ -177,7 +265,7 @@ static void print_help(void)
            "Reads and validates everything in PATH and says what is in it. PATH is\n"
            "  a model directory or a checkpoint: architecture, parameters, types, tokenizer; every value is read, NaN and Inf are counted (exit code 5)\n"
            "  a dataset of logit shards, or one shard file: identity, rows, bytes per token, percentiles of the kept mass\n"
-           "  a .safetensors file: its tensors\n\n"
+           "  a .safetensors or .gguf file: its tensors, and what a GGUF says about the model\n\n"
            "  --row R          show row R of a dataset: every token, whether it is supervised, what the teacher expected next\n"
            "  --top N          teacher choices shown per position, default 5\n"
            "  --tokenizer DIR  tokenizer.json or its directory, to show tokens as text; without it they are ids\n"

@@ -196,15 +196,27 @@ static int open_names(struct tokenizer **names, const struct inspect_options *o,
     return fail(ERR_MISMATCH, "tokenizer %s has hash %.16s, the dataset was dumped with %.16s: its texts would not be what the teacher read", o->tokenizer, hash, m->tokenizer_hash);
 }
 
-/* What a person sees for an id: the token's text, or the id without a tokenizer. malloc'd */
-static char *name_of(const struct tokenizer *names, uint32_t id)
+/* The token's text as it can be shown; NULL without a tokenizer or a token. malloc'd */
+static char *text_of(const struct tokenizer *names, uint32_t id)
 {
     size_t n;
     const char *bytes = names && id < (uint32_t)tokenizer_vocab_size(names) ? tokenizer_token_bytes(names, (int32_t)id, &n) : NULL;
-    if (!bytes) return xasprintf("%u", id);
-    char *inner = escaped(bytes, n), *text = xasprintf("\"%s\"", inner);
+    return bytes ? escaped(bytes, n) : NULL;
+}
+
+/* What a person sees for an id: its text in quotes, or the id. malloc'd */
+static char *name_of(const struct tokenizer *names, uint32_t id)
+{
+    char *inner = text_of(names, id), *name = inner ? xasprintf("\"%s\"", inner) : xasprintf("%u", id);
     free(inner);
-    return text;
+    return name;
+}
+
+static void set_text(json_t *o, const struct tokenizer *names, uint32_t id)
+{
+    char *text = text_of(names, id);
+    if (text) json_object_set_new(o, "text", json_string(text));
+    free(text);
 }
 
 struct choice { uint32_t id; float p; };
@@ -249,7 +261,7 @@ static void report_position(struct report *r, json_t *list, const struct tokeniz
     char *token = name_of(names, row->tokens[t]), *after = next ? name_of(names, row->tokens[t + 1]) : xstrdup("-");
     json_t *j = json_pack("{s:I, s:i, s:I, s:I, s:b, s:f, s:f}", "index", (json_int_t)t, "document", (int)row->document[t], "position", (json_int_t)position, "token", (json_int_t)row->tokens[t],
                           "supervised", row->loss_mask[t], "kept_mass", kept, "entropy", entropy), *top_list = json_array();
-    if (names) json_object_set_new(j, "text", json_string(token));
+    set_text(j, names, row->tokens[t]);
     if (next) {
         json_object_set_new(j, "next", json_integer(row->tokens[t + 1]));
         json_object_set_new(j, "next_logprob", json_real(f16_to_float(row->label_logprob[t])));
@@ -265,7 +277,7 @@ static void report_position(struct report *r, json_t *list, const struct tokeniz
     for (int i = 0; i < n; i++) {
         char *name = name_of(names, choice[i].id);
         json_t *c = json_pack("{s:I, s:f}", "id", (json_int_t)choice[i].id, "p", (double)choice[i].p);
-        if (names) json_object_set_new(c, "text", json_string(name));
+        set_text(c, names, choice[i].id);
         json_array_append_new(top_list, c);
         if (!r->json) printf("%s%s %.4f", i ? "  " : "", name, (double)choice[i].p);
         free(name);

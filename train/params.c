@@ -138,6 +138,15 @@ static bool is_buffer(const char *name)
     return n > sizeof suffix - 1 && !strcmp(name + n - (sizeof suffix - 1), suffix);
 }
 
+/* With layer_of, the other layers of the file are no extra tensors; one more tensor in a layer that is read still is. */
+static bool is_skipped_layer(const struct params *t, const char *name, const int *layer_of)
+{
+    int layer;
+    if (!layer_of || sscanf(name, "model.layers.%9d.", &layer) != 1) return false;
+    for (int l = 0; l < t->n_layers; l++) if (layer_of[l] == layer) return false;
+    return true;
+}
+
 int params_load(const struct params *t, struct backend *be, act *weights, const struct tensor_set *set, const char *where, const int *layer_of)
 {
     int rc = OK, n_tensors = tensor_set_count(set);
@@ -166,7 +175,7 @@ int params_load(const struct params *t, struct backend *be, act *weights, const 
         }
     for (int k = 0; k < n_tensors; k++) {
         const struct tensor_view *v = tensor_set_at(set, k);
-        if (used[k] || is_buffer(v->name) || (layer_of && !strncmp(v->name, "model.layers.", 13))) continue;
+        if (used[k] || is_buffer(v->name) || is_skipped_layer(t, v->name, layer_of)) continue;
         if (t->head == t->embed && !strcmp(v->name, "lm_head.weight")) {
             const struct tensor_view *e = tensor_set_find(set, t->embed->part[0].name);
             if (e->bytes == v->bytes && !memcmp(e->data, v->data, v->bytes)) continue;

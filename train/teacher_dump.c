@@ -20,6 +20,7 @@ struct dump {
     int64_t Vv;
     enum shard_kind kind;
     int k, nT; float temperatures[SHARD_MAX_TEMPERATURES];
+    char weights_hash[SHA256_HEX];            /* reads every weight once: taken once for both datasets */
 
     struct backend *be;
     struct memory_plan *plan;
@@ -47,6 +48,10 @@ static int open_teacher(struct dump *d)
     struct corpus_options o = corpus_options_of(c);
     if (o.row_length > d->files->config->max_position) {
         rc = fail(ERR_USAGE, "corpus.row_length is %lld, the teacher's max_position_embeddings is %lld: make the rows shorter", (long long)o.row_length, (long long)d->files->config->max_position);
+        goto out;
+    }
+    if (c->dump_batch_rows > INT32_MAX / o.row_length) {
+        rc = fail(ERR_USAGE, "dump.batch_rows %lld with rows of %lld tokens is more positions than one pass can count: make dump.batch_rows smaller", (long long)c->dump_batch_rows, (long long)o.row_length);
         goto out;
     }
     TRY(corpus_read(&d->train, &d->heldout, &o, d->tokenizer, (int32_t)d->Vv));
@@ -89,9 +94,16 @@ static int plan_memory(struct dump *d)
     memory_add(d->plan, row, key, &d->out.label_logprob, r * floats);
     memory_add(d->plan, row, key, &d->out.padding_mass, r * floats);
     memory_add_scratch(d->plan, model_scratch_bytes(d->model, d->k));
+out:
+    return rc;
+}
 
+/* What the rows of a shard are filled from. */
+static void allocate_host(struct dump *d)
+{
+    const struct config *c = d->c;
+    size_t n = (size_t)(c->dump_batch_rows * c->corpus_row_length), r = (size_t)d->model->o.head_rows, nT = (size_t)d->nT, k = (size_t)d->k, floats = sizeof(float);
     d->batch = batch_new(c->dump_batch_rows, c->corpus_row_length, NULL);
-    size_t n = (size_t)N;
     if (d->k) {
         d->head_ids = xmalloc(n * k * sizeof *d->head_ids);
         d->head_logprob = xmalloc(n * k * sizeof *d->head_logprob);
@@ -101,8 +113,6 @@ static int plan_memory(struct dump *d)
     d->entropy = xmalloc(n * sizeof *d->entropy);
     d->label_logprob = xmalloc(n * sizeof *d->label_logprob);
     d->stage = xmalloc(r * (k > nT ? k : nT) * floats);
-out:
-    return rc;
 }
 
 static int make_manifest(const struct dump *d, const struct corpus_rows *rows, struct shard_manifest *m)
@@ -112,7 +122,7 @@ static int make_manifest(const struct dump *d, const struct corpus_rows *rows, s
                                  .valid_vocab = (int32_t)d->Vv, .teacher_vocab = (int32_t)d->files->config->vocab_size, .seed = (uint64_t)c->run_seed, .text_bytes = rows->bytes};
     memcpy(m->temperatures, d->temperatures, sizeof m->temperatures);
     model_config_hash(d->files->config, m->teacher_config_hash);
-    tensor_set_hash(d->files->tensors, m->teacher_weights_hash);
+    strcpy(m->teacher_weights_hash, d->weights_hash);
     if (d->tokenizer) tokenizer_hash(d->tokenizer, m->tokenizer_hash);
     corpus_rows_hash(rows, m->corpus_hash);
     snprintf(m->packing, sizeof m->packing, "documents end to end in rows of %lld, positions restart at every document and row", (long long)rows->length);
@@ -263,6 +273,8 @@ static int run(struct dump *d, bool dry_run)
     if (dry_run) goto out;
     TRY(memory_commit(d->plan, (size_t)(c->memory_limit_gib * 0x1p30)));
     model_ready(d->model);
+    allocate_host(d);
+    tensor_set_hash(d->files->tensors, d->weights_hash);
     TRY(model_files_load(d->files, d->model));
     if (d->heldout && d->heldout->rows) TRY(dump_dataset(d, d->heldout, heldout));
     TRY(dump_dataset(d, d->train, c->shards_path));

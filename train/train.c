@@ -30,6 +30,7 @@ static void batch_keep(struct batch *to, const struct batch *from)
         memcpy(to->head_logprob, from->head_logprob, n * (size_t)from->k * sizeof *to->head_logprob);
         memcpy(to->tail_logmass, from->tail_logmass, n * sizeof *to->tail_logmass);
     }
+    to->full_scale = from->full_scale;
     if (from->full_logits) memcpy(to->full_logits, from->full_logits, n * (size_t)from->full_width * sizeof *to->full_logits);
 }
 
@@ -115,7 +116,7 @@ static bool has_heldout(const struct trainer *t) { return t->heldout_dataset || 
 
 static int evaluate_and_report(struct trainer *t)
 {
-    double kd, ce;
+    double kd = 0, ce = 0;
     int rc = evaluate(t, &kd, &ce);
     if (rc != OK) return rc;
     double loss = t->c->objective_kd_weight * kd + t->c->objective_ce_weight * ce;

@@ -61,7 +61,7 @@ static int wait_for_manifest(const struct config *c)
     while (rc == OK && !path_exists(manifest)) {
         if (stop_requested) rc = fail(ERR_STOPPED, "stopped by a signal while waiting for %s", manifest);
         else if (c->shards_wait_s > 0 && now_seconds() - start > c->shards_wait_s)
-            rc = fail(ERR_IO, "%s did not appear within %g seconds (shards.wait_s); start distill teacher-dump", manifest, c->shards_wait_s);
+            rc = fail(ERR_LOST, "%s did not appear within %g seconds (shards.wait_s); start distill teacher-dump", manifest, c->shards_wait_s);
         else nanosleep(&(struct timespec){.tv_nsec = 200000000}, NULL);
     }
     free(manifest);
@@ -110,10 +110,10 @@ static int open_corpus(struct trainer *t)
 {
     int rc = OK;
     struct corpus_options o = corpus_options_of(t->c);
-    TRY(corpus_read(&t->rows, &t->heldout_rows, &o, t->tokenizer, (int32_t)t->student->config->vocab_size));
+    t->Vv = valid_vocab(t->student->config, t->tokenizer);
+    TRY(corpus_read(&t->rows, &t->heldout_rows, &o, t->tokenizer, (int32_t)t->Vv));
     corpus_rows_hash(t->rows, t->data_id);
     t->row_length = t->rows->length;
-    t->Vv = valid_vocab(t->student->config, t->tokenizer);
     printf("corpus    %lld documents, %lld tokens in %lld rows of %lld; held out: %lld rows\n", (long long)t->rows->documents, (long long)t->rows->tokens_total, (long long)t->rows->rows,
            (long long)t->rows->length, (long long)(t->heldout_rows ? t->heldout_rows->rows : 0));
 out:
@@ -223,6 +223,10 @@ int trainer_open(struct trainer **out, const struct config *c, bool plan_only)
     TRY(from_corpus(c) ? open_corpus(t) : open_shards(t));
     if (t->row_length > t->student->config->max_position) {
         rc = fail(ERR_MISMATCH, "rows are %lld tokens long, the student's max_position_embeddings is %lld: make the rows shorter", (long long)t->row_length, (long long)t->student->config->max_position);
+        goto out;
+    }
+    if (c->train_micro_rows > INT32_MAX / t->row_length) {
+        rc = fail(ERR_USAGE, "train.micro_rows %lld with rows of %lld tokens is more positions than one pass can count: make train.micro_rows smaller", (long long)c->train_micro_rows, (long long)t->row_length);
         goto out;
     }
     TRY(plan_memory(t));

@@ -370,7 +370,7 @@ Test(shard, forged_structure)
     OK_OR_DIE(manifest_read(dir, &m, id));
     for (int t = 0; t < TRICKS; t++) {
         static const H5I_type_t types[] = {H5I_FILE, H5I_GROUP, H5I_DATATYPE, H5I_DATASPACE, H5I_DATASET, H5I_ATTR, H5I_GENPROP_LST};
-        hsize_t before[7], after[7];
+        hsize_t before[7] = {0}, after[7] = {0};   /* H5Inmembers leaves the number alone for a type that was never used */
         forge_file(path, &m, id, (enum trick)t);
         for (int i = 0; i < 7; i++) H5Inmembers(types[i], &before[i]);
         int rc = shard_file_open(&f, path, &m, id, 0, -1);
