@@ -98,6 +98,19 @@ bool byte_level_decode(const char *text, size_t n, char *out, size_t *n_out)
     return true;
 }
 
+bool byte_token(const char *token, size_t n, uint8_t *byte)
+{
+    unsigned v = 0;
+    if (n != 6 || memcmp(token, "<0x", 3) || token[5] != '>') return false;
+    for (int i = 3; i < 5; i++) {
+        char c = token[i];
+        if (!((c >= '0' && c <= '9') || ((c | 32) >= 'a' && (c | 32) <= 'f'))) return false;
+        v = 16 * v + (unsigned)(c <= '9' ? c - '0' : (c | 32) - 'a' + 10);
+    }
+    *byte = (uint8_t)v;
+    return true;
+}
+
 /* ---- tables ---- */
 
 static uint32_t hash_bytes(const char *s, size_t n)

@@ -24,6 +24,9 @@ int byte_to_utf8(uint8_t byte, char out[2]);                  /* its character, 
 /* Text in the byte-level alphabet -> bytes; false, nothing written, when a character is outside of it. `out` holds n bytes. */
 bool byte_level_decode(const char *text, size_t n, char *out, size_t *n_out);
 
+/* "<0xHH>", sentencepiece's spelling of a byte that no character token covers */
+bool byte_token(const char *token, size_t n, uint8_t *byte);
+
 /* `raw_bytes`: words arrive as plain bytes and stand for their byte-level spelling. ERR_INPUT names what is wrong or not
  * implemented; `where` is the file, for messages. */
 int  bpe_open(struct bpe **out, const json_t *model, bool raw_bytes, const char *where);

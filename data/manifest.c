@@ -187,7 +187,7 @@ static int members_parse(const json_t *o, const char *where, struct shard_manife
                                         "teacher_vocab", "seed", "teacher_name", "teacher_config_hash", "teacher_weights_hash", "tokenizer_hash",
                                         "corpus_hash", "packing", "text_bytes", "check"};
     int rc = OK;
-    int64_t version, k, valid_vocab, teacher_vocab;
+    int64_t version = 0, k = 0, valid_vocab = 0, teacher_vocab = 0;
     char format[64], kind[32], tool[256], seed[24];
     TRY(get_text(o, "format", where, format, sizeof format));
     if (strcmp(format, SHARD_FORMAT)) { rc = fail(ERR_INPUT, "%s: format is \"%s\", not \"" SHARD_FORMAT "\"", where, format); goto out; }

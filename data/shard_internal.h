@@ -78,9 +78,5 @@ int  shard_file_check_rows(const struct shard_file *f, const struct shard_manife
 /* Is this row what FORMAT.md says a row is? Fails with `status`, naming the position. deep: the mass at every temperature, not the first alone. */
 int  shard_row_check(const struct shard_manifest *m, const struct shard_row *r, bool deep, int status);
 uint32_t shard_row_crc_start(int64_t row);   /* over the row's number in the dataset: a row in another's place is not that row */
-/* libhdf5 is entered by one thread at a time, without plugins and without messages of its own. */
-void hdf5_enter(void);
-void hdf5_leave(void);
-int64_t hdf5_type(enum shard_type type);     /* an hid_t to close */
 
 #endif

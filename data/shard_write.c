@@ -305,7 +305,25 @@ int shard_writer_put(struct shard_writer *w, const struct shard_row *row)
     return OK;
 }
 
-/* ---- sealing ---- */
+/* ---- sealing: the file through libhdf5 ---- */
+
+static pthread_mutex_t hdf5_lock = PTHREAD_MUTEX_INITIALIZER;   /* libhdf5 is entered by one thread at a time */
+
+static hid_t hdf5_type(enum shard_type type)
+{
+    switch (type) {
+    case SHARD_U8:  return H5Tcopy(H5T_STD_U8LE);
+    case SHARD_U16: return H5Tcopy(H5T_STD_U16LE);
+    case SHARD_U32: return H5Tcopy(H5T_STD_U32LE);
+    case SHARD_F32: return H5Tcopy(H5T_IEEE_F32LE);
+    case SHARD_F16: break;
+    }
+    hid_t half = H5Tcopy(H5T_IEEE_F32LE);         /* IEEE binary16: sign 15, exponent 10..14 with bias 15, mantissa 0..9 */
+    H5Tset_fields(half, 15, 10, 5, 0, 10);
+    H5Tset_size(half, 2);
+    H5Tset_ebias(half, 15);
+    return half;
+}
 
 static bool attribute_write(hid_t file, const char *name, hid_t type, hid_t memory, const void *value)
 {
@@ -328,7 +346,7 @@ static bool text_attribute_write(hid_t file, const char *name, const char *text)
 
 static bool int_attribute_write(hid_t file, const char *name, int64_t value) { return attribute_write(file, name, H5T_STD_I64LE, H5T_NATIVE_INT64, &value); }
 
-static bool dataset_create(hid_t file, const struct shard_layout *l, int64_t rows)
+static bool dataset_create(hid_t file, const struct shard_layout *l, int64_t rows, int64_t *offset)
 {
     hsize_t dims[3] = {(hsize_t)rows, (hsize_t)l->dims[0], (hsize_t)l->dims[1]};
     hid_t type = hdf5_type(l->type), space = H5Screate_simple(l->rank, dims, NULL), plist = H5Pcreate(H5P_DATASET_CREATE), set = -1;
@@ -337,21 +355,26 @@ static bool dataset_create(hid_t file, const struct shard_layout *l, int64_t row
     H5Pset_fill_time(plist, H5D_FILL_TIME_NEVER);
     H5Pset_obj_track_times(plist, 0);
     set = H5Dcreate2(file, l->name, type, space, H5P_DEFAULT, plist, H5P_DEFAULT);
+    haddr_t at = set < 0 ? HADDR_UNDEF : H5Dget_offset(set);
+    *offset = (int64_t)at;
     if (set >= 0) H5Dclose(set);
     H5Pclose(plist);
     H5Sclose(space);
     H5Tclose(type);
-    return set >= 0;
+    return at != HADDR_UNDEF;
 }
 
 /* The file with its datasets allocated and empty. The same shapes give the same bytes: no times, fixed bounds of the format, links kept in the
- * root group's header. Small data stay together; what fills a page begins at one. */
-static int skeleton_write(const struct shard_writer *w, const char *path)
+ * root group's header (where our reader looks for them). Small data stay together; what fills a page begins at one. */
+static int skeleton_write(const struct shard_writer *w, const char *path, int64_t offset[SHARD_FIELDS])
 {
     int rc = OK;
     const struct shard_manifest *m = &w->manifest;
     bool ok;
-    hdf5_enter();
+    pthread_mutex_lock(&hdf5_lock);
+    H5open();
+    H5PLset_loading_state(0);                     /* no code from HDF5_PLUGIN_PATH */
+    H5Eset_auto2(H5E_DEFAULT, NULL, NULL);        /* no messages of its own; the setting is per thread in thread-safe builds */
     hid_t create = H5Pcreate(H5P_FILE_CREATE), access = H5Pcreate(H5P_FILE_ACCESS), file;
     H5Pset_obj_track_times(create, 0);
     H5Pset_link_phase_change(create, 2 * SHARD_FIELDS, SHARD_FIELDS);
@@ -367,12 +390,12 @@ static int skeleton_write(const struct shard_writer *w, const char *path)
     ok = file >= 0 && text_attribute_write(file, "format", SHARD_FORMAT) && int_attribute_write(file, "version", SHARD_VERSION) &&
          text_attribute_write(file, "dataset", w->id) && text_attribute_write(file, "kind", shard_kind_name(m->kind)) && int_attribute_write(file, "shard", w->shard) &&
          int_attribute_write(file, "first_row", shard_first_row(m, w->shard)) && int_attribute_write(file, "rows", shard_rows(m, w->shard));
-    for (int f = 0; ok && f < SHARD_FIELDS; f++) ok = !w->layout[f].name || dataset_create(file, &w->layout[f], shard_rows(m, w->shard));
+    for (int f = 0; ok && f < SHARD_FIELDS; f++) ok = !w->layout[f].name || dataset_create(file, &w->layout[f], shard_rows(m, w->shard), &offset[f]);
     if (file >= 0 && H5Fclose(file) < 0) ok = false;
     if (!ok) rc = errno ? fail_errno(ERR_IO, "%s: HDF5 cannot write it", path) : fail(ERR_IO, "%s: HDF5 cannot write it", path);
     H5Pclose(access);
     H5Pclose(create);
-    hdf5_leave();
+    pthread_mutex_unlock(&hdf5_lock);
     return rc;
 }
 
@@ -455,12 +478,18 @@ int shard_writer_seal(struct shard_writer *w)
     int rc = OK, fd = -1, n = 0;
     struct shard_file file = {.fd = -1};
     struct segment segments[MAX_SEGMENTS];
+    int64_t offset[SHARD_FIELDS];
     char sha256[SHA256_HEX], *path = shard_path(w->dir, w->shard), *tmp = xasprintf("%s/.tmp-shard-%06lld.h5-%lld", w->shards, (long long)w->shard, (long long)getpid());
     bool named = false;
     TRY(FAILPOINT("shard.before_write"));
-    TRY(skeleton_write(w, tmp));
+    TRY(skeleton_write(w, tmp, offset));
     TRY(FAILPOINT("shard.skeleton"));
-    TRY(shard_file_open(&file, tmp, &w->manifest, w->id, w->shard, -1));       /* the reader's view of the structure gives the offsets */
+    TRY(shard_file_open(&file, tmp, &w->manifest, w->id, w->shard, -1));       /* the reader's own view of the structure must be libhdf5's */
+    for (int f = 0; f < SHARD_FIELDS; f++)
+        if (w->layout[f].name && file.offset[f] != offset[f]) {
+            rc = fail(ERR_IO, "%s: this HDF5 library lays files out in a way that format %d does not; build with another version of it (1.10 and 2.0 are known to do it)", tmp, SHARD_VERSION);
+            goto out;
+        }
     TRY(segments_make(w, &file, segments, &n));
     fd = open(tmp, O_WRONLY | O_CLOEXEC);
     if (fd < 0) { rc = fail_errno(ERR_IO, "%s: cannot open", tmp); goto out; }

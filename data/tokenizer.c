@@ -560,8 +560,8 @@ enum token_kind tokenizer_token_kind(const struct tokenizer *t, int32_t id)
     const char *text = tokenizer_token_text(t, id);
     if (!text) return TOKEN_HOLE;
     if (t->added_of[id] >= 0) return t->added[t->added_of[id]].special ? TOKEN_SPECIAL : TOKEN_ADDED;
-    bool byte = strlen(text) == 6 && !strncmp(text, "<0x", 3) && text[5] == '>' && strspn(text + 3, "0123456789ABCDEF") == 2;
-    return byte && bpe_byte_fallback(t->bpe) ? TOKEN_BYTE : TOKEN_NORMAL;
+    uint8_t byte;
+    return bpe_byte_fallback(t->bpe) && byte_token(text, strlen(text), &byte) ? TOKEN_BYTE : TOKEN_NORMAL;
 }
 
 bool tokenizer_merge(const struct tokenizer *t, int64_t rank, const char **left, const char **right)
@@ -722,6 +722,7 @@ const char *tokenizer_gguf_pre(const struct tokenizer *t)
         {"bloom", SPLIT " ?[^(\\s|[" BLOOM_STOPS "])]+" BYTES, false, NULL},
     };
     const char *name = NULL;
+    if (!normalizer_is_nfc_or_none(t->normalizer)) return NULL;
     char *signature = pre_tokenizer_signature(t->pre_tokenizer);
     for (size_t i = 0; !name && i < sizeof known / sizeof *known; i++) {
         if (strcmp(signature, known[i].signature) || bpe_ignore_merges(t->bpe) != known[i].ignore_merges) continue;

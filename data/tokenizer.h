@@ -68,7 +68,8 @@ void tokenizer_hash(const struct tokenizer *t, char hex[SHA256_HEX]);
 /* The same id -> bytes map and special flags below min(vocab sizes)? If not, *first_difference is the first such id. */
 bool tokenizer_same_vocab(const struct tokenizer *a, const struct tokenizer *b, int32_t *first_difference);
 /* Name of the pre-tokenizer as llama.cpp calls it ("qwen2", "llama-bpe", "deepseek-v3", "deepseek-r1-qwen", "gpt-2", ...),
- * from the normalizer, the split patterns and the added tokens; NULL when llama.cpp has none that splits the same way. */
+ * from the normalizer (none or NFC), the split patterns, ignore_merges and the added tokens; NULL when llama.cpp has none that splits
+ * the same way, and for models that are not byte-level. */
 const char *tokenizer_gguf_pre(const struct tokenizer *t);
 
 #endif

@@ -95,14 +95,14 @@ static int need_string(const json_t *o, const char *key, const char *where, cons
     return OK;
 }
 
-static int need_character(const json_t *o, const char *key, const char *where, struct step *s)
+static int need_content(const json_t *o, const char *key, const char *where, bool one_character, struct step *s)
 {
     const char *text = NULL, *end;
     int rc = OK;
     TRY(need_string(o, key, where, &text));
     end = text;
     if (*text) utf8_next(&end);
-    if (!*text || *end) return fail(ERR_INPUT, "%s: key \"%s\" is not one character", where, key);
+    if (one_character && (!*text || *end)) return fail(ERR_INPUT, "%s: key \"%s\" is not one character", where, key);
     s->content = xstrdup(text);
     s->content_n = strlen(text);
 out:
@@ -145,7 +145,7 @@ static int read_metaspace(const json_t *o, const char *where, struct step *s, bo
     bool prefix = true;
     int rc = OK;
     TRY(only_keys(o, where, "type", "replacement", "prepend_scheme", "split", "add_prefix_space", "str_rep", NULL));
-    TRY(need_character(o, "replacement", where, s));
+    TRY(need_content(o, "replacement", where, true, s));
     TRY(json_get_bool(o, "add_prefix_space", where, true, &prefix));
     TRY(json_get_bool(o, "split", where, true, split));
     TRY(json_get_string(o, "prepend_scheme", where, prefix ? "always" : "never", &scheme));
@@ -168,7 +168,6 @@ static int read_normalizer_step(const json_t *o, const char *type, const char *w
 {
     static const char *const plain[] = {"NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "ByteLevel"};
     static const enum step_kind kinds[] = {NORMAL_FORM, NORMAL_FORM, NORMAL_FORM, NORMAL_FORM, LOWERCASE, STRIP_ACCENTS, BYTE_LEVEL};
-    const char *content = NULL;
     struct step *s = step_add(all, STRIP);
     int rc = OK;
     for (int i = 0; i < 7; i++) {
@@ -186,9 +185,7 @@ static int read_normalizer_step(const json_t *o, const char *type, const char *w
         s->kind = replace ? REPLACE : PREPEND;
         TRY(only_keys(o, where, "type", replace ? "pattern" : "prepend", replace ? "content" : NULL, NULL));
         if (replace) TRY(read_pattern(o, where, s));
-        TRY(need_string(o, replace ? "content" : "prepend", where, &content));
-        s->content = xstrdup(content);
-        s->content_n = strlen(content);
+        TRY(need_content(o, replace ? "content" : "prepend", where, false, s));
     } else rc = fail(ERR_INPUT, "%s: normalizer type \"%s\" is not implemented", where, type);
 out:
     return rc;
@@ -256,18 +253,14 @@ static int read_pre_tokenizer_step(const json_t *o, const char *type, const char
         TRY(only_keys(o, where, "type", "behavior", NULL));
         if (json_object_get(o, "behavior")) TRY(read_behavior(o, where, s));
         s->pattern = pattern_open_characters(unicode_is_punctuation);
-    } else if (!strcmp(type, "Whitespace")) {
+    } else if (!strcmp(type, "Whitespace") || !strcmp(type, "WhitespaceSplit")) {
         TRY(only_keys(o, where, "type", NULL));
         s->behavior = REMOVED;
-        s->invert = true;
-        s->pattern = pattern_open_words();
-    } else if (!strcmp(type, "WhitespaceSplit")) {
-        TRY(only_keys(o, where, "type", NULL));
-        s->behavior = REMOVED;
-        s->pattern = pattern_open_characters(unicode_is_space);
+        s->invert = !strcmp(type, "Whitespace");
+        s->pattern = s->invert ? pattern_open_words() : pattern_open_characters(unicode_is_space);
     } else if (!strcmp(type, "CharDelimiterSplit")) {
         TRY(only_keys(o, where, "type", "delimiter", NULL));
-        TRY(need_character(o, "delimiter", where, s));
+        TRY(need_content(o, "delimiter", where, true, s));
         s->behavior = REMOVED;
         s->pattern = pattern_open_literal(s->content, s->content_n);
     } else rc = fail(ERR_INPUT, "%s: pre_tokenizer type \"%s\" is not implemented", where, type);
@@ -278,7 +271,6 @@ out:
 
 static int read_decoder_step(const json_t *o, const char *type, const char *where, struct steps *all)
 {
-    const char *content = NULL;
     bool split;
     struct step *s = step_add(all, STRIP);
     int rc = OK;
@@ -295,12 +287,10 @@ static int read_decoder_step(const json_t *o, const char *type, const char *wher
         s->kind = REPLACE;
         TRY(only_keys(o, where, "type", "pattern", "content", NULL));
         TRY(read_pattern(o, where, s));
-        TRY(need_string(o, "content", where, &content));
-        s->content = xstrdup(content);
-        s->content_n = strlen(content);
+        TRY(need_content(o, "content", where, false, s));
     } else if (!strcmp(type, "Strip")) {
         TRY(only_keys(o, where, "type", "content", "start", "stop", NULL));
-        TRY(need_character(o, "content", where, s));
+        TRY(need_content(o, "content", where, true, s));
         TRY(json_get_int(o, "start", where, 0, &s->start));
         TRY(json_get_int(o, "stop", where, 0, &s->stop));
     } else rc = fail(ERR_INPUT, "%s: decoder type \"%s\" is not implemented", where, type);
@@ -343,10 +333,7 @@ int normalizer_open(struct normalizer **out, const json_t *part, const char *whe
 {
     *out = xcalloc(1, sizeof **out);
     int rc = read_steps(&(*out)->s, part, "normalizers", read_normalizer_step, where, 0);
-    if (rc != OK) {
-        normalizer_close(*out);
-        *out = NULL;
-    }
+    if (rc != OK) { normalizer_close(*out); *out = NULL; }
     return rc;
 }
 
@@ -354,10 +341,7 @@ int pre_tokenizer_open(struct pre_tokenizer **out, const json_t *part, const cha
 {
     *out = xcalloc(1, sizeof **out);
     int rc = read_steps(&(*out)->s, part, "pretokenizers", read_pre_tokenizer_step, where, 0);
-    if (rc != OK) {
-        pre_tokenizer_close(*out);
-        *out = NULL;
-    }
+    if (rc != OK) { pre_tokenizer_close(*out); *out = NULL; }
     return rc;
 }
 
@@ -376,31 +360,25 @@ int decoder_open(struct decoder **out, const json_t *part, const char *where)
         bytes |= d->s.step[i].kind == BYTE_LEVEL || d->s.step[i].kind == BYTE_FALLBACK;
     }
 out:
-    if (rc != OK) {
-        decoder_close(d);
-        *out = NULL;
-    }
+    if (rc != OK) { decoder_close(d); *out = NULL; }
     return rc;
 }
 
 void normalizer_close(struct normalizer *n)
 {
-    if (!n) return;
-    steps_free(&n->s);
+    if (n) steps_free(&n->s);
     free(n);
 }
 
 void pre_tokenizer_close(struct pre_tokenizer *p)
 {
-    if (!p) return;
-    steps_free(&p->s);
+    if (p) steps_free(&p->s);
     free(p);
 }
 
 void decoder_close(struct decoder *d)
 {
-    if (!d) return;
-    steps_free(&d->s);
+    if (d) steps_free(&d->s);
     free(d);
 }
 
@@ -528,6 +506,12 @@ static int normalizer_step(const struct step *s, struct parts_work *w, const cha
         map_bytes(text + old_lead, n - old_lead, out);
         return OK;
     }
+}
+
+bool normalizer_is_nfc_or_none(const struct normalizer *n)
+{
+    for (int i = 0; i < n->s.n; i++) if (n->s.step[i].kind != NORMAL_FORM || n->s.step[i].form != NFC) return false;
+    return true;
 }
 
 int normalizer_run(const struct normalizer *n, struct parts_work *w, const char *text, size_t bytes, bool recent, size_t *lead,
@@ -719,21 +703,6 @@ static void unmap_bytes(const char *token, size_t n, struct buffer *out)
     else memcpy(out->data + out->n - n, token, n);
 }
 
-/* "<0xHH>" */
-static bool byte_token(const char *token, size_t n, char *byte)
-{
-    if (n != 6 || memcmp(token, "<0x", 3) || token[5] != '>') return false;
-    int v = 0;
-    for (int i = 3; i < 5; i++) {
-        char c = token[i];
-        int digit = c >= '0' && c <= '9' ? c - '0' : (c | 32) >= 'a' && (c | 32) <= 'f' ? (c | 32) - 'a' + 10 : -1;
-        if (digit < 0) return false;
-        v = 16 * v + digit;
-    }
-    *byte = (char)v;
-    return true;
-}
-
 static void strip_token(const struct step *s, const char *token, size_t n, struct buffer *out)
 {
     size_t from = 0, to = n, k = s->content_n;
@@ -783,7 +752,7 @@ int decoder_finish(const struct decoder *d, struct parts_work *w, const char **t
         for (size_t k = 0; k < w->spans_n[in]; k++) {
             const char *token = from->data + span[k].at;
             size_t at = to->n, n = span[k].n;
-            char byte;
+            uint8_t byte;
             if (s->kind == BYTE_FALLBACK && byte_token(token, n, &byte)) {   /* a run of byte tokens becomes one */
                 buffer_add(to, &byte, 1);
                 if (in_bytes) w->spans[in ^ 1][w->spans_n[in ^ 1] - 1].n++;
@@ -819,7 +788,7 @@ void decoder_token(const struct decoder *d, struct parts_work *w, const char *to
     buffer_add(&now, token, bytes);
     for (int i = 0; i < d->s.n; i++) {
         const struct step *s = &d->s.step[i];
-        char byte;
+        uint8_t byte;
         next.n = 0;
         buffer_add(&next, "", 0);
         if (s->kind == BYTE_LEVEL) unmap_bytes(now.data, now.n, &next);

@@ -32,6 +32,8 @@ void decoder_close(struct decoder *d);
 struct parts_work *parts_work_new(const struct pre_tokenizer *p);
 void parts_work_free(struct parts_work *w);
 
+/* No step but NFC: what engines without normalizers read nearly alike. */
+bool normalizer_is_nfc_or_none(const struct normalizer *n);
 /* *out is the input itself when nothing changes, else a buffer of `w` that lives until the next call. */
 int normalizer_run(const struct normalizer *n, struct parts_work *w, const char *text, size_t bytes, bool recent, size_t *lead,
                    const char **out, size_t *out_bytes);

@@ -139,8 +139,9 @@ CASES = [
 print(json.dumps({"models": MODELS}, ensure_ascii=False, separators=(",", ":")))
 for name, normalizer, pre_tokenizer, tokens, texts in CASES:
     vocab = MODELS[name]["vocab"]
-    for i, t in enumerate(tokens):
-        t["id"] = len(vocab) + i
+    new = [t["content"] for t in tokens if t["content"] not in vocab]
+    for t in tokens:
+        t["id"] = vocab[t["content"]] if t["content"] in vocab else len(vocab) + new.index(t["content"])
     case = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": tokens, "normalizer": normalizer, "pre_tokenizer": pre_tokenizer,
             "post_processor": None, "decoder": None}
     hf = Tokenizer.from_str(json.dumps(case | {"model": MODELS[name]}))

@@ -145,7 +145,8 @@ int eval_rows(struct model *student, struct model *teacher, const struct corpus_
     int64_t fit = student->o.N / rows->length;
     struct loader_options o = {.batch_rows = fit < rows->rows ? fit : rows->rows};
     struct sums sums = {0};
-    struct evaluation e = {.student = &student, .n_students = 1, .name = (const char *const[]){"the student"}, .teacher = teacher, .max_rows = max_rows, .Vv = Vv, .sums = &sums};
+    struct evaluation e = {.student = &student, .n_students = 1, .name = (const char *const[]){"the student"}, .teacher = teacher, .max_rows = max_rows,
+                           .Vv = Vv, .sums = &sums};
     int rc = OK;
     if (rows->rows == 0) return fail(ERR_INPUT, "there are no held-out rows to evaluate on");
     CHECK(fit >= 1, "rows of %lld positions for a model made for %lld", (long long)rows->length, (long long)student->o.N);
@@ -199,7 +200,8 @@ static int add_column(struct eval *e, const char *name, size_t length, char *pat
     struct column *c = &e->column[e->n++];
     c->name = xstrndup(name, length);
     c->path = path;
-    for (int i = 0; i < e->n - 1; i++) if (!strcmp(e->column[i].name, c->name)) return fail(ERR_USAGE, "two models are named %s; give every --model a name of its own", c->name);
+    for (int i = 0; i < e->n - 1; i++)
+        if (!strcmp(e->column[i].name, c->name)) return fail(ERR_USAGE, "two models are named %s; give every --model a name of its own", c->name);
     int rc = model_files_open(&c->files, path);
     if (rc == OK) c->parameters = model_config_parameters(c->files->config);
     return rc;
@@ -303,7 +305,8 @@ static int open_dataset(struct eval *e)
     if (e->tokenizer && *m->tokenizer_hash) {
         tokenizer_hash(e->tokenizer, hash);
         if (strcmp(hash, m->tokenizer_hash)) {
-            rc = fail(ERR_MISMATCH, "tokenizer %s has hash %.16s, %s was dumped with %.16s: evaluate with the tokenizer the rows were made with", e->tokenizer_dir, hash, dir, m->tokenizer_hash);
+            rc = fail(ERR_MISMATCH, "tokenizer %s has hash %.16s, %s was dumped with %.16s: evaluate with the tokenizer the rows were made with",
+                      e->tokenizer_dir, hash, dir, m->tokenizer_hash);
             goto out;
         }
     }
@@ -325,7 +328,8 @@ static int open_rows(struct eval *e)
     for (int i = 0; i < e->n; i++) {
         int64_t most = e->column[i].files->config->max_position;
         if (e->row_length > most) {
-            rc = fail(ERR_MISMATCH, "rows are %lld tokens long, max_position_embeddings of %s is %lld: make the rows shorter", (long long)e->row_length, e->column[i].path, (long long)most);
+            rc = fail(ERR_MISMATCH, "rows are %lld tokens long, max_position_embeddings of %s is %lld: make the rows shorter", (long long)e->row_length,
+                      e->column[i].path, (long long)most);
             goto out;
         }
     }
@@ -369,7 +373,8 @@ static int measure(struct eval *e, bool show_progress)
     for (int i = 0; i < students; i++) e->column[first + i].r = result_of(&v.sums[i], v.rows);
     if (e->teacher) {
         const struct eval_result *r = &e->column[1].r;
-        e->column[0].r = (struct eval_result){.rows = r->rows, .positions = r->positions, .loss = r->teacher_loss, .top1 = r->teacher_top1, .top5 = r->teacher_top5, .loss_error = r->teacher_loss_error};
+        e->column[0].r = (struct eval_result){.rows = r->rows, .positions = r->positions, .loss = r->teacher_loss, .top1 = r->teacher_top1,
+                                              .top5 = r->teacher_top5, .loss_error = r->teacher_loss_error};
     }
 out:
     free(v.sums);
@@ -402,11 +407,21 @@ static bool gap_closed(const struct eval *e, double *top1, double *loss)
     return true;
 }
 
-enum cell { CELL_PARAMETERS, CELL_RATIO, CELL_LOSS, CELL_PERPLEXITY, CELL_BITS, CELL_TOP1, CELL_TOP5, CELL_RETAINED, CELL_AGREEMENT, CELL_FORWARD, CELL_REVERSE, CELL_COUNT };
+enum cell { CELL_PARAMETERS, CELL_RATIO, CELL_LOSS, CELL_PERPLEXITY, CELL_BITS, CELL_TOP1, CELL_TOP5, CELL_RETAINED, CELL_AGREEMENT, CELL_FORWARD, CELL_REVERSE,
+            CELL_COUNT };
 static const struct { const char *title; bool needs_teacher; } lines[CELL_COUNT] = {
-    [CELL_PARAMETERS] = {"parameters", false}, [CELL_RATIO] = {"  share of the teacher's", true}, [CELL_LOSS] = {"loss, nats per token", false}, [CELL_PERPLEXITY] = {"perplexity", false},
-    [CELL_BITS] = {"bits per byte", false}, [CELL_TOP1] = {"top-1 accuracy, %", false}, [CELL_TOP5] = {"top-5 accuracy, %", false}, [CELL_RETAINED] = {"accuracy retained, %", true},
-    [CELL_AGREEMENT] = {"top-1 agreement, %", true}, [CELL_FORWARD] = {"KL(teacher || student)", true}, [CELL_REVERSE] = {"KL(student || teacher)", true}};
+    [CELL_PARAMETERS] = {"parameters", false},
+    [CELL_RATIO]      = {"  share of the teacher's", true},
+    [CELL_LOSS]       = {"loss, nats per token", false},
+    [CELL_PERPLEXITY] = {"perplexity", false},
+    [CELL_BITS]       = {"bits per byte", false},
+    [CELL_TOP1]       = {"top-1 accuracy, %", false},
+    [CELL_TOP5]       = {"top-5 accuracy, %", false},
+    [CELL_RETAINED]   = {"accuracy retained, %", true},
+    [CELL_AGREEMENT]  = {"top-1 agreement, %", true},
+    [CELL_FORWARD]    = {"KL(teacher || student)", true},
+    [CELL_REVERSE]    = {"KL(student || teacher)", true},
+};
 
 static void format_cell(const struct eval *e, enum cell line, const struct column *c, char text[32])
 {
@@ -473,9 +488,9 @@ static json_t *column_json(const struct eval *e, const struct column *c)
 {
     const struct column *t = &e->column[0];
     const struct eval_result *r = &c->r;
-    json_t *o = json_pack("{s:s, s:s, s:I, s:f, s:f, s:o, s:o, s:f, s:f, s:f, s:f}", "name", c->name, "path", c->path, "parameters", (json_int_t)c->parameters, "loss", r->loss,
-                          "loss_error", r->loss_error, "perplexity", number(exp(r->loss)), "bits_per_byte", number(bits_per_byte(e, r)), "top1", r->top1,
-                          "top1_error", share_error(r->top1, r->positions), "top5", r->top5, "top5_error", share_error(r->top5, r->positions));
+    json_t *o = json_pack("{s:s, s:s, s:I, s:f, s:f, s:o, s:o, s:f, s:f, s:f, s:f}", "name", c->name, "path", c->path, "parameters", (json_int_t)c->parameters,
+                          "loss", r->loss, "loss_error", r->loss_error, "perplexity", number(exp(r->loss)), "bits_per_byte", number(bits_per_byte(e, r)),
+                          "top1", r->top1, "top1_error", share_error(r->top1, r->positions), "top5", r->top5, "top5_error", share_error(r->top5, r->positions));
     if (!e->teacher) return o;
     json_object_set_new(o, "parameter_ratio", json_real((double)c->parameters / (double)t->parameters));
     json_object_set_new(o, "accuracy_retained", number(r->top1 / t->r.top1));
@@ -493,9 +508,9 @@ static int write_json(const struct eval *e, const char *path)
     const struct eval_result *r = &e->column[0].r;
     double top1, loss;
     int rc = OK;
-    json_t *models = json_array(), *o = json_pack("{s:I, s:I, s:I, s:I, s:s, s:o, s:o}", "rows", (json_int_t)r->rows, "row_length", (json_int_t)e->row_length, "positions",
-                                                  (json_int_t)r->positions, "valid_vocab", (json_int_t)e->Vv, "source", e->source, "text_bytes",
-                                                  e->bytes ? json_integer(e->bytes) : json_null(), "models", models);
+    json_t *models = json_array();
+    json_t *o = json_pack("{s:I, s:I, s:I, s:I, s:s, s:o, s:o}", "rows", (json_int_t)r->rows, "row_length", (json_int_t)e->row_length, "positions", (json_int_t)r->positions,
+                          "valid_vocab", (json_int_t)e->Vv, "source", e->source, "text_bytes", e->bytes ? json_integer(e->bytes) : json_null(), "models", models);
     for (int i = 0; i < e->n; i++) json_array_append_new(models, column_json(e, &e->column[i]));
     if (gap_closed(e, &top1, &loss)) json_object_set_new(o, "gap_closed", json_pack("{s:o, s:o}", "top1", number(top1), "loss", number(loss)));
     if (strcmp(path, "-")) rc = json_write_file(path, o);

@@ -16,14 +16,14 @@
 #include "train/sampler.h"
 #include "train/student.h"
 
-enum { PROMPT_CHUNK = 256, MAX_PROMPT_BYTES = 1 << 26, MAX_STOPS = 32 };
+enum { PROMPT_CHUNK = 256, MAX_PROMPT_BYTES = 1 << 26 };
 
 struct generation {
     const struct config *c;
     struct model_files *files;
     struct tokenizer *tokenizer;
     struct tokenizer_work *work;
-    int32_t stop[MAX_STOPS]; int n_stops;
+    int32_t *stop; int n_stops;               /* tokens that end a text */
     int32_t *tokens; int64_t prompt, n, room; /* the sequence: prompt, then what was written */
     struct backend *be;
     struct memory_plan *plan;
@@ -93,7 +93,8 @@ static int encode_prompt(struct generation *g, const char *text, size_t bytes)
     memcpy(g->tokens + add, ids, n * sizeof *ids);
     for (int64_t i = 0; i < g->prompt; i++)
         if (g->tokens[i] >= V)
-            return fail(ERR_MISMATCH, "the prompt's token %d is outside the model's vocabulary of %lld: this tokenizer does not belong to %s", g->tokens[i], (long long)V, g->files->path);
+            return fail(ERR_MISMATCH, "the prompt's token %d is outside the model's vocabulary of %lld: this tokenizer does not belong to %s", g->tokens[i],
+                        (long long)V, g->files->path);
     g->n = g->prompt;
     g->room = g->prompt + room;
     return OK;
@@ -103,8 +104,9 @@ static int encode_prompt(struct generation *g, const char *text, size_t bytes)
 
 static void add_stop(struct generation *g, int64_t id)
 {
-    if (id < 0 || id > INT32_MAX || g->n_stops == MAX_STOPS) return;
+    if (id < 0 || id > INT32_MAX) return;
     for (int i = 0; i < g->n_stops; i++) if (g->stop[i] == id) return;
+    g->stop = xrealloc(g->stop, (size_t)(g->n_stops + 1) * sizeof *g->stop);
     g->stop[g->n_stops++] = (int32_t)id;
 }
 
@@ -225,7 +227,9 @@ static int read_logits(struct generation *g)
     model_logits(m, m->n - 1, 1);
     m->be->ops->download_act(m->be, g->logits, m->logits, g->sampler->V);
     for (int64_t i = 0; i < g->sampler->V; i++) {
-        if (!isfinite(g->logits[i])) return fail(ERR_NUMERIC, "%s: the logit of token %lld after %lld tokens is %g; look for NaN and Inf with distill inspect", g->files->path, (long long)i, (long long)g->n, (double)g->logits[i]);
+        if (!isfinite(g->logits[i]))
+            return fail(ERR_NUMERIC, "%s: the logit of token %lld after %lld tokens is %g; look for NaN and Inf with distill inspect", g->files->path, (long long)i,
+                        (long long)g->n, (double)g->logits[i]);
         if (tokenizer_token_kind(g->tokenizer, (int32_t)i) == TOKEN_HOLE) g->logits[i] = -INFINITY;
     }
     return OK;
@@ -250,10 +254,10 @@ static int generate(struct generation *g)
         TRY(read_logits(g));
     }
     TRY(end_text(g));
-    double done = now_seconds(), written = (double)(g->n - g->prompt);
-    fprintf(stderr, "prompt %lld tokens, %.1f tok/s; written %.0f tokens, %.1f tok/s; ", (long long)g->prompt, (double)g->prompt / fmax(prompted - start, 1e-9), written, written / fmax(done - prompted, 1e-9));
-    if (stopped >= 0) fprintf(stderr, "stopped at %s\n", tokenizer_token_text(g->tokenizer, stopped) ? tokenizer_token_text(g->tokenizer, stopped) : "the end of the text");
-    else fprintf(stderr, "stopped at generate.max_tokens\n");
+    double done = now_seconds(), written = (double)(g->n - g->prompt), read_rate = (double)g->prompt / fmax(prompted - start, 1e-9);
+    const char *end = stopped >= 0 ? tokenizer_token_text(g->tokenizer, stopped) : "generate.max_tokens";
+    fprintf(stderr, "prompt %lld tokens, %.1f tok/s; written %.0f tokens, %.1f tok/s; stopped at %s\n", (long long)g->prompt, read_rate, written,
+            written / fmax(done - prompted, 1e-9), end ? end : "the end of the text");
 out:
     return rc;
 }
@@ -287,6 +291,7 @@ out:
     memory_plan_free(g.plan);
     backend_close(g.be);
     free(g.tokens);
+    free(g.stop);
     tokenizer_work_free(g.work);
     tokenizer_close(g.tokenizer);
     model_files_close(g.files);

@@ -277,7 +277,8 @@ static int parse_int(const char *flag, const char *value, int64_t low, int64_t h
 {
     char *end;
     long long v = strtoll(value, &end, 10);
-    if (end == value || *end || v < low || v > high) return fail(ERR_USAGE, "%s %s: is not a whole number from %lld to %lld", flag, value, (long long)low, (long long)high);
+    if (end == value || *end || v < low || v > high)
+        return fail(ERR_USAGE, "%s %s: is not a whole number from %lld to %lld", flag, value, (long long)low, (long long)high);
     *out = v;
     return OK;
 }

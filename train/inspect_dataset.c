@@ -69,7 +69,8 @@ static void report_progress(struct report *r, const struct shard_dataset *d, int
         if (shard >= 0) report_text(r, "sha256", "SHA-256", e[i].sha256);
     }
     if (shard >= 0) {
-        report_line(r, "first_row", json_integer(shard_first_row(m, shard)), "rows", "%lld to %lld", (long long)shard_first_row(m, shard), (long long)(shard_first_row(m, shard) + rows - 1));
+        report_line(r, "first_row", json_integer(shard_first_row(m, shard)), "rows", "%lld to %lld", (long long)shard_first_row(m, shard),
+                    (long long)(shard_first_row(m, shard) + rows - 1));
         json_object_set_new(r->section, "rows", json_integer(rows));
     } else {
         json_object_set_new(r->section, "shards_sealed", json_integer(sealed));
@@ -78,7 +79,8 @@ static void report_progress(struct report *r, const struct shard_dataset *d, int
         report_line(r, "rows", json_integer(m->rows), "rows sealed", "%lld of %lld", (long long)rows, (long long)m->rows);
     }
     report_int(r, "tokens", "tokens", tokens);
-    report_line(r, "supervised", json_integer(targets), "supervised", tokens ? "%lld (%.1f %%)" : "%lld", (long long)targets, tokens ? 100.0 * (double)targets / (double)tokens : 0.0);
+    report_line(r, "supervised", json_integer(targets), "supervised", tokens ? "%lld (%.1f %%)" : "%lld", (long long)targets,
+                tokens ? 100.0 * (double)targets / (double)tokens : 0.0);
     report_line(r, "bytes", json_integer(bytes), "bytes", "%lld (%s)", (long long)bytes, bytes_text(bytes));
     if (tokens) report_line(r, "bytes_per_token", json_real((double)bytes / (double)tokens), "bytes per token", "%.1f, whole files", (double)bytes / (double)tokens);
 }
@@ -149,7 +151,9 @@ static int survey_rows(struct report *r, struct shard_dataset *d, int64_t shard,
         for (int64_t j = 0; j < e[i].rows; j++) {
             TRY(shard_dataset_read(d, shard_first_row(m, e[i].shard) + j, &row));
             survey_row(s, m, &row);
-            if (show && now_seconds() - shown > 0.5) { shown = now_seconds(); progress("  reading shard %lld of %lld", (long long)done + 1, (long long)(shard >= 0 ? 1 : n)); }
+            if (!show || now_seconds() - shown < 0.5) continue;
+            shown = now_seconds();
+            progress("  reading shard %lld of %lld", (long long)done + 1, (long long)(shard >= 0 ? 1 : n));
         }
         done++;
     }
@@ -180,7 +184,8 @@ static void report_survey(struct report *r, const struct survey *s)
         report_line(r, "kept_mass_mean", json_real(s->kept / n), "  mean", "%.5f", s->kept / n);
     } else report_line(r, NULL, NULL, "kept mass", "all of it");
     report_line(r, "entropy_mean", json_real(s->entropy / n), "teacher's entropy", "%.4f nats on average", s->entropy / n);
-    report_line(r, "label_logprob_mean", json_real(s->label_logprob / n), "its log p(next token)", "%.4f on average: perplexity %.4g", s->label_logprob / n, exp(-s->label_logprob / n));
+    report_line(r, "label_logprob_mean", json_real(s->label_logprob / n), "its log p(next token)", "%.4f on average: perplexity %.4g", s->label_logprob / n,
+                exp(-s->label_logprob / n));
 }
 
 /* ---- one row ---- */
@@ -193,7 +198,8 @@ static int open_names(struct tokenizer **names, const struct inspect_options *o,
     if (rc != OK || !*m->tokenizer_hash) return rc;
     tokenizer_hash(*names, hash);
     if (!strcmp(hash, m->tokenizer_hash)) return OK;
-    return fail(ERR_MISMATCH, "tokenizer %s has hash %.16s, the dataset was dumped with %.16s: its texts would not be what the teacher read", o->tokenizer, hash, m->tokenizer_hash);
+    return fail(ERR_MISMATCH, "tokenizer %s has hash %.16s, the dataset was dumped with %.16s: its texts would not be what the teacher read", o->tokenizer,
+                hash, m->tokenizer_hash);
 }
 
 /* The token's text as it can be shown; NULL without a tokenizer or a token. malloc'd */
@@ -252,14 +258,16 @@ static void print_padded(const char *text, int width)
 
 enum { NAME_WIDTH = 18 };
 
-static void report_position(struct report *r, json_t *list, const struct tokenizer *names, const struct shard_manifest *m, const struct shard_row *row, int64_t t, int64_t position, int top)
+static void report_position(struct report *r, json_t *list, const struct tokenizer *names, const struct shard_manifest *m, const struct shard_row *row,
+                            int64_t t, int64_t position, int top)
 {
     struct choice choice[SHARD_MAX_K];
     bool next = t + 1 < m->row_length && row->document[t + 1] == row->document[t];
     int n = choices_at(m, row, t, top, choice);
     double kept = m->kind == SHARD_TOPK ? -expm1(fminf(row->tail[t * m->n_temperatures], 0)) : 1, entropy = f16_to_float(row->entropy[t]);
     char *token = name_of(names, row->tokens[t]), *after = next ? name_of(names, row->tokens[t + 1]) : xstrdup("-");
-    json_t *j = json_pack("{s:I, s:i, s:I, s:I, s:b, s:f, s:f}", "index", (json_int_t)t, "document", (int)row->document[t], "position", (json_int_t)position, "token", (json_int_t)row->tokens[t],
+    json_t *j = json_pack("{s:I, s:i, s:I, s:I, s:b, s:f, s:f}", "index", (json_int_t)t, "document", (int)row->document[t], "position", (json_int_t)position,
+                          "token", (json_int_t)row->tokens[t],
                           "supervised", row->loss_mask[t], "kept_mass", kept, "entropy", entropy), *top_list = json_array();
     set_text(j, names, row->tokens[t]);
     if (next) {
@@ -305,7 +313,8 @@ static int report_row(struct report *r, struct shard_dataset *d, const struct in
     json_t *list = json_array();
     json_object_set_new(r->section, "positions", list);
     if (!r->json) {
-        printf("%5s %4s %5s  %-*s  *  %-*s  %7s  %6s  %6s  %s\n", "index", "doc", "pos", NAME_WIDTH, names ? "token" : "token id", NAME_WIDTH, "next", "p(next)", "kept", "nats",
+        printf("%5s %4s %5s  %-*s  *  %-*s  %7s  %6s  %6s  %s\n", "index", "doc", "pos", NAME_WIDTH, names ? "token" : "token id", NAME_WIDTH, "next",
+               "p(next)", "kept", "nats",
                "the teacher's choices for the next token (* supervised)");
     }
     for (int64_t t = 0, begin = 0; t < m->row_length; t++) {
@@ -322,7 +331,8 @@ static int check_shard(const struct shard_dataset *d, const char *path, int64_t 
 {
     const struct shard_manifest *m = shard_dataset_manifest(d);
     if (shard >= shard_count(m)) return fail(ERR_INPUT, "%s: the dataset has shards 0 to %lld, not %lld", path, (long long)(shard_count(m) - 1), (long long)shard);
-    if (!shard_dataset_has(d, shard)) return fail(ERR_INPUT, "%s: shard %lld is not in the journal: it was not finished; run teacher-dump again", path, (long long)shard);
+    if (!shard_dataset_has(d, shard))
+        return fail(ERR_INPUT, "%s: shard %lld is not in the journal: it was not finished; run teacher-dump again", path, (long long)shard);
     return OK;
 }
 
@@ -332,7 +342,8 @@ static int check_row(const struct shard_dataset *d, const char *path, int64_t ro
     if (row >= m->rows) return fail(ERR_USAGE, "--row %lld: %s has rows 0 to %lld", (long long)row, path, (long long)(m->rows - 1));
     int64_t in = row / m->rows_per_shard;
     if (shard >= 0 && in != shard)
-        return fail(ERR_USAGE, "--row %lld is in shard %lld; shard %lld has the dataset's rows %lld to %lld", (long long)row, (long long)in, (long long)shard, (long long)shard_first_row(m, shard),
+        return fail(ERR_USAGE, "--row %lld is in shard %lld; shard %lld has the dataset's rows %lld to %lld", (long long)row, (long long)in, (long long)shard,
+                    (long long)shard_first_row(m, shard),
                     (long long)(shard_first_row(m, shard) + shard_rows(m, shard) - 1));
     return check_shard(d, path, in);
 }

@@ -31,8 +31,10 @@ static void report_rope(struct report *r, const struct model_config *c)
     switch (p->type) {
     case ROPE_DEFAULT: snprintf(text, sizeof text, "theta %g", p->theta); break;
     case ROPE_LINEAR:  snprintf(text, sizeof text, "linear, theta %g, factor %g", p->theta, p->factor); break;
-    case ROPE_LLAMA3:  snprintf(text, sizeof text, "llama3, theta %g, factor %g, low %g, high %g, original length %lld", p->theta, p->factor, p->low_freq_factor, p->high_freq_factor, (long long)p->original_max_position); break;
-    case ROPE_YARN:    snprintf(text, sizeof text, "yarn, theta %g, factor %g, beta %g to %g, attention factor %g, original length %lld", p->theta, p->factor, p->beta_slow, p->beta_fast, p->attention_factor, (long long)p->original_max_position); break;
+    case ROPE_LLAMA3:  snprintf(text, sizeof text, "llama3, theta %g, factor %g, low %g, high %g, original length %lld", p->theta, p->factor,
+                                p->low_freq_factor, p->high_freq_factor, (long long)p->original_max_position); break;
+    case ROPE_YARN:    snprintf(text, sizeof text, "yarn, theta %g, factor %g, beta %g to %g, attention factor %g, original length %lld", p->theta, p->factor,
+                                p->beta_slow, p->beta_fast, p->attention_factor, (long long)p->original_max_position); break;
     }
     static const char *const names[] = {[ROPE_DEFAULT] = "default", [ROPE_LINEAR] = "linear", [ROPE_LLAMA3] = "llama3", [ROPE_YARN] = "yarn"};
     json_object_set_new(j, "type", json_string(names[p->type]));
@@ -56,7 +58,8 @@ static void report_config(struct report *r, const struct model_config *c, const 
     report_line(r, "head_dim", json_integer(c->head_dim), "heads", "%d query, %d key/value, %d wide", c->n_heads, c->n_kv_heads, c->head_dim);
     report_int(r, "vocab_size", "vocabulary (columns)", c->vocab_size);
     report_line(r, "tied", json_boolean(c->tie_embeddings), "embeddings and head", c->tie_embeddings ? "tied" : "separate");
-    const struct { bool on; const char *key, *name; } flag[] = {{c->qkv_bias, "qkv_bias", "q, k, v bias"}, {c->o_bias, "o_bias", "o bias"}, {c->mlp_bias, "mlp_bias", "ffn bias"}, {c->qk_norm, "qk_norm", "q/k norm"}};
+    const struct { bool on; const char *key, *name; } flag[] = {
+        {c->qkv_bias, "qkv_bias", "q, k, v bias"}, {c->o_bias, "o_bias", "o bias"}, {c->mlp_bias, "mlp_bias", "ffn bias"}, {c->qk_norm, "qk_norm", "q/k norm"}};
     for (int i = 0; i < 4; i++) {
         json_object_set_new(r->section, flag[i].key, json_boolean(flag[i].on));
         if (flag[i].on) sprintf(flags + strlen(flags), "%s%s", *flags ? ", " : "", flag[i].name);
@@ -66,7 +69,8 @@ static void report_config(struct report *r, const struct model_config *c, const 
     report_rope(r, c);
     report_int(r, "max_position", "longest sequence", c->max_position);
     for (int l = 0; c->layer_slides && l < c->n_layers; l++) sliding += c->layer_slides[l];
-    if (sliding) report_line(r, "sliding_window", json_integer(c->sliding_window), "sliding window", "%lld tokens in %d of %d layers", (long long)c->sliding_window, sliding, c->n_layers);
+    if (sliding) report_line(r, "sliding_window", json_integer(c->sliding_window), "sliding window", "%lld tokens in %d of %d layers",
+                             (long long)c->sliding_window, sliding, c->n_layers);
     model_config_hash(c, hash);
     report_text(r, "config_hash", "hash of the config", hash);
 }
@@ -180,7 +184,8 @@ static void report_dtypes(struct report *r, const struct tensor_set *set)
         }
         if (!n) continue;
         json_object_set_new(j, dtype_name((enum dtype)d), json_pack("{s:I, s:I}", "tensors", (json_int_t)n, "bytes", (json_int_t)bytes));
-        snprintf(text + strlen(text), sizeof text - strlen(text), "%s%s in %lld tensors, %s", *text ? "; " : "", dtype_name((enum dtype)d), (long long)n, bytes_text(bytes));
+        snprintf(text + strlen(text), sizeof text - strlen(text), "%s%s in %lld tensors, %s", *text ? "; " : "", dtype_name((enum dtype)d), (long long)n,
+                 bytes_text(bytes));
     }
     report_line(r, "dtypes", j, "types", "%s", text);
 }
@@ -216,14 +221,16 @@ static int report_weights(struct report *r, const struct model_files *f, const s
     report_section(r, "weights", "weights");
     json_object_set_new(r->section, "bytes", json_integer(bytes));
     json_object_set_new(r->section, "tensors", json_integer(tensor_set_count(f->tensors)));
-    report_line(r, "files", json_integer(files), "files", "%d with %d tensors, %lld bytes (%s)", files, tensor_set_count(f->tensors), (long long)bytes, bytes_text(bytes));
+    report_line(r, "files", json_integer(files), "files", "%d with %d tensors, %lld bytes (%s)", files, tensor_set_count(f->tensors), (long long)bytes,
+                bytes_text(bytes));
     report_dtypes(r, f->tensors);
     params_each(t, add_tensor, &l);
     TRY(params_load(t, &be, NOWHERE, f->tensors, f->path, NULL));
     report_faults(r, &l);
     tensor_set_hash(f->tensors, hash);
     report_text(r, "hash", "hash of the weights", hash);
-    if (l.nan || l.inf) rc = fail(ERR_NUMERIC, "%s: the weights hold %lld NaN and %lld Inf; restore them from where they came from", f->path, (long long)l.nan, (long long)l.inf);
+    if (l.nan || l.inf) rc = fail(ERR_NUMERIC, "%s: the weights hold %lld NaN and %lld Inf; restore them from where they came from", f->path,
+                                  (long long)l.nan, (long long)l.inf);
 out:
     free(l.tensor);
     return rc;
@@ -242,7 +249,8 @@ static int verify_files(struct report *r, const char *path)
     json_object_foreach(files, name, value) {
         char hash[SHA256_HEX], *file = path_join(path, name);
         rc = strchr(name, '/') || !json_is_string(value) ? fail(ERR_INPUT, "%s: entry %s is not a file name with a hash", list, name) : sha256_of_file(file, hash);
-        if (rc == OK && strcmp(hash, json_string_value(value))) rc = fail(ERR_INPUT, "%s: SHA-256 differs from files.json: the checkpoint is damaged, use the one before it", file);
+        if (rc == OK && strcmp(hash, json_string_value(value)))
+            rc = fail(ERR_INPUT, "%s: SHA-256 differs from files.json: the checkpoint is damaged, use the one before it", file);
         free(file);
         if (rc != OK) goto out;
         n++;
@@ -273,7 +281,8 @@ static int report_optimizer(struct report *r, const char *path)
             values += n;
         }
     }
-    report_line(r, "optimizer", json_pack("{s:i, s:I, s:I}", "tensors", tensor_set_count(set), "values", (json_int_t)values, "not_finite", (json_int_t)bad), "optimizer state",
+    report_line(r, "optimizer", json_pack("{s:i, s:I, s:I}", "tensors", tensor_set_count(set), "values", (json_int_t)values, "not_finite", (json_int_t)bad),
+                "optimizer state",
                 "%d tensors, %lld values, %lld of them NaN or Inf", tensor_set_count(set), (long long)values, (long long)bad);
     if (bad) rc = fail(ERR_NUMERIC, "%s: %lld values are NaN or Inf; go on from an older checkpoint", file, (long long)bad);
 out:
@@ -285,7 +294,8 @@ out:
 
 static int report_checkpoint(struct report *r, const char *path, struct verdict *v)
 {
-    static const char *const keys[][2] = {{"step", "optimizer steps"}, {"tokens", "tokens seen"}, {"targets", "targets learnt from"}, {"epoch", "epoch"}, {"cursor", "rows of the epoch"}};
+    static const char *const keys[][2] = {{"step", "optimizer steps"}, {"tokens", "tokens seen"}, {"targets", "targets learnt from"}, {"epoch", "epoch"},
+                                          {"cursor", "rows of the epoch"}};
     int rc = OK;
     char *file = path_join(path, "state.json");
     json_t *state = NULL;

@@ -51,15 +51,15 @@ static int parse_options(int argc, char **argv, struct options *o)
     for (int i = 1; i < argc; i++) {
         const char *a = argv[i], **value = !strcmp(a, "--tokenizer") ? &o->tokenizer : !strcmp(a, "--text-field") ? &o->text_field : NULL;
         if (value) {
-            if (++i == argc) return fail(ERR_USAGE, "tokenize: %s needs a value; see distill tokenize --help", a);
+            if (++i == argc) return fail(ERR_USAGE, "%s needs a value; see distill tokenize --help", a);
             *value = argv[i];
         } else if (!strcmp(a, "--jsonl")) o->jsonl = true;
         else if (!strcmp(a, "--decode")) o->decode = true;
         else if (!strcmp(a, "--special")) o->special = true;
         else if (!strcmp(a, "--help") || !strcmp(a, "-h")) o->help = true;
-        else return fail(ERR_USAGE, "tokenize: unknown argument \"%s\"; see distill tokenize --help", a);
+        else return fail(ERR_USAGE, "unknown argument \"%s\"; see distill tokenize --help", a);
     }
-    if (!o->help && !o->tokenizer) return fail(ERR_USAGE, "tokenize: --tokenizer PATH is missing; see distill tokenize --help");
+    if (!o->help && !o->tokenizer) return fail(ERR_USAGE, "--tokenizer PATH is missing; see distill tokenize --help");
     return OK;
 }
 
@@ -68,7 +68,7 @@ static int flush(struct stream *s)
     for (size_t at = 0; at < s->out.n;) {
         ssize_t n = write(STDOUT_FILENO, s->out.data + at, s->out.n - at);
         if (n < 0 && errno == EINTR) continue;
-        if (n < 0) return fail_errno(ERR_IO, "tokenize: writing to standard output");
+        if (n < 0) return fail_errno(ERR_IO, "standard output");
         at += (size_t)n;
     }
     s->out.n = 0;
@@ -100,7 +100,7 @@ static int next_line(struct stream *s, char **line, size_t *bytes)
         if (s->in_capacity - s->in_n < READ_BYTES) s->in = xrealloc(s->in, s->in_capacity = 2 * s->in_capacity + READ_BYTES);
         ssize_t n = read(STDIN_FILENO, s->in + s->in_n, s->in_capacity - s->in_n);
         if (n < 0 && errno == EINTR) continue;
-        if (n < 0) return fail_errno(ERR_IO, "tokenize: reading standard input");
+        if (n < 0) return fail_errno(ERR_IO, "standard input");
         s->in_n += (size_t)n;
         s->in_end = n == 0;
     }

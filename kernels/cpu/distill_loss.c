@@ -96,29 +96,31 @@ static double forward_kl(float *g, const float *z, const float *t, float z_scale
     return loss;
 }
 
+struct divergence_args { enum divergence kind; double w, log_w, log_1w; };      /* w: the teacher's share of the mixture m */
+
 /* One id's share of D, and *h = dD/dq where D is not linear in log q */
-static double term(const struct distill_args *a, double log_p, double log_q, double *h)
+static double term(const struct divergence_args *a, double log_p, double log_q, double *h)
 {
-    double p = exp(log_p), q = exp(log_q), w = a->divergence == DIV_JSD ? a->beta : a->alpha, log_m, share = 0;
+    double p = exp(log_p), q = exp(log_q), w = a->w, log_m, share = 0;
     *h = 0;
-    switch (a->divergence) {
+    switch (a->kind) {
     case DIV_REVERSE_KL:
         *h = log_q - log_p;
         return q > 0 ? q * *h : 0;
     case DIV_JSD:
-        log_m = log_add(log(w) + log_p, log1p(-w) + log_q);
+        log_m = log_add(a->log_w + log_p, a->log_1w + log_q);
         if (q > 0) share += q * (*h = (1 - w) * (log_q - log_m));
         if (p > 0) share += w * p * (log_p - log_m);
         return share;
     case DIV_SKEW_KL:
-        log_m = log_add(log(w) + log_p, log1p(-w) + log_q);
+        log_m = log_add(a->log_w + log_p, a->log_1w + log_q);
         if (p > 0) share = p * (log_p - log_m);
         *h = (1 - w) * (1 - (p > 0 ? exp(log_p - log_m) : 0));
         return share;
     case DIV_TVD:
         *h = q > p ? 0.5 : q < p ? -0.5 : 0;
         return 0.5 * fabs(p - q);
-    default: CHECK(false, "divergence %d", (int)a->divergence);
+    default: CHECK(false, "divergence %d", (int)a->kind);
     }
 }
 
@@ -128,13 +130,15 @@ static double full_loss(float *g, const float *z, const float *t, float t_scale,
     double lse_q = row_log_sum_exp(z, Vv, z_scale), lse_p = row_log_sum_exp(t, Vv, t_scale), loss = 0, mean_h = 0, h, h_top;
     if (a->divergence == DIV_FORWARD_KL || (a->divergence == DIV_SKEW_KL && a->alpha == 0)) return forward_kl(g, z, t, z_scale, t_scale, lse_q, lse_p, Vv);
 
+    double w = a->divergence == DIV_JSD ? a->beta : a->alpha;
+    const struct divergence_args args = {a->divergence, w, log(w), log1p(-w)};
     /* h counts from where q is largest: a student that is sure has mean h = h there, and the difference is all that matters */
     int64_t top = 0;
     for (int64_t j = 1; j < Vv; j++) if (z[j] > z[top]) top = j;
-    term(a, (double)t[top] * t_scale - lse_p, (double)z[top] * z_scale - lse_q, &h_top);
+    term(&args, (double)t[top] * t_scale - lse_p, (double)z[top] * z_scale - lse_q, &h_top);
     for (int64_t j = 0; j < Vv; j++) {
         double log_q = (double)z[j] * z_scale - lse_q, qh;
-        loss += term(a, (double)t[j] * t_scale - lse_p, log_q, &h);
+        loss += term(&args, (double)t[j] * t_scale - lse_p, log_q, &h);
         mean_h += qh = log_q > -700 ? exp(log_q) * (h - h_top) : 0;
         g[j] = (float)qh;
     }

@@ -32,15 +32,18 @@ void cpu_qk_norm_backward(struct backend *be, act *dx_, grad *dwq, grad *dwk, co
     float *dx = fp32(dx_);
     const float *dy = cfp32(dy_), *x = cfp32(x_);
     int heads = Hq + Hkv, width = (Hq + 2 * Hkv) * D;
-    /* dw before dx: dx may overwrite dy. One thread per column keeps the order of the sum. */
+    /* dw before dx: dx may overwrite dy. One thread per block of columns keeps the order of the sum. */
+    enum { COLUMNS = 16 };
+    int blocks = (D + COLUMNS - 1) / COLUMNS;
     #pragma omp parallel for schedule(static)
-    for (int column = 0; column < 2 * D; column++) {
-        int is_k = column >= D, d = column - is_k * D;
-        double part = 0;
+    for (int block = 0; block < 2 * blocks; block++) {
+        int is_k = block >= blocks, d0 = (block - is_k * blocks) * COLUMNS, columns = D - d0 < COLUMNS ? D - d0 : COLUMNS;
+        double part[COLUMNS] = {0};
         for (int64_t n = 0; n < N; n++)
             for (int h = is_k ? Hq : 0; h < (is_k ? heads : Hq); h++)
-                part += (double)dy[n * width + h * D + d] * (x[n * width + h * D + d] * rstd[n * heads + h]);
-        gfp32(is_k ? dwk : dwq)[d] += (float)part;
+                for (int d = 0; d < columns; d++)
+                    part[d] += (double)dy[n * width + h * D + d0 + d] * (x[n * width + h * D + d0 + d] * rstd[n * heads + h]);
+        for (int d = 0; d < columns; d++) gfp32(is_k ? dwk : dwq)[d0 + d] += (float)part[d];
     }
     #pragma omp parallel for schedule(static)
     for (int64_t n = 0; n < N; n++) {

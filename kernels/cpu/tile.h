@@ -1,55 +1,61 @@
 /* One small matrix product for attention's tiles, in registers:  c[i][j] += sum_k a[i][k] b[k][j].
  * b and c have contiguous rows (ldb, ldc apart); a is read through two strides, so that it can be a transposed tile.
- * Four rows of c by two vectors of 16 stay in registers over k, which is what it takes to keep the FMA units busy; gcc
- * lowers the 64-byte vectors to what the processor has. */
+ * A block of c stays in registers over k: four rows by four vectors of 16 where there are 32 registers of 64 bytes, by one
+ * where a vector is two or four registers. gcc lowers the 64-byte vectors to what the processor has. */
 #ifndef KERNELS_CPU_TILE_H
 #define KERNELS_CPU_TILE_H
 
 #include <stdint.h>
 #include <string.h>
 
+#ifdef __AVX512F__
+enum { WIDEST = 4 };
+#else
+enum { WIDEST = 1 };
+#endif
+
 typedef float vector16 __attribute__((vector_size(64)));
 
 static inline vector16 load16(const float *p) { vector16 v; memcpy(&v, p, sizeof v); return v; }
 static inline void add16(float *p, vector16 v) { vector16 old = load16(p); old += v; memcpy(p, &old, sizeof old); }
 
-/* rows (1..4) x vectors (1..2) of c; both are constants after inlining */
+/* rows (1..4) x vectors (1..4) of c; both are constants after inlining, and the loops over them disappear at every optimisation level */
 static inline __attribute__((always_inline)) void tile_block(float *c, int64_t ldc, const float *a, int64_t a_row, int64_t a_col, const float *b, int64_t ldb,
                                                              int64_t k_count, const int rows, const int vectors)
 {
-    vector16 sum[4][2] = {0};
+    vector16 sum[4][4] = {0};
     for (int64_t k = 0; k < k_count; k++)
+        #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++) {
             vector16 bv = load16(b + k * ldb + 16 * v);
+            #pragma GCC unroll 4
             for (int r = 0; r < rows; r++) sum[r][v] += a[r * a_row + k * a_col] * bv;
         }
+    #pragma GCC unroll 4
     for (int r = 0; r < rows; r++)
+        #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++) add16(c + r * ldc + 16 * v, sum[r][v]);
+}
+
+static inline __attribute__((always_inline)) void tile_columns(float *c, int64_t ldc, const float *a, int64_t a_row, int64_t a_col, const float *b, int64_t ldb,
+                                                               int64_t n, int64_t k_count, const int rows)
+{
+    int64_t j = 0;
+    for (; j + 16 * WIDEST <= n; j += 16 * WIDEST) tile_block(c + j, ldc, a, a_row, a_col, b + j, ldb, k_count, rows, WIDEST);
+    for (; j + 16 <= n; j += 16) tile_block(c + j, ldc, a, a_row, a_col, b + j, ldb, k_count, rows, 1);
+    for (; j < n; j++)
+        for (int r = 0; r < rows; r++) {
+            float s = 0;
+            for (int64_t k = 0; k < k_count; k++) s += a[r * a_row + k * a_col] * b[k * ldb + j];
+            c[r * ldc + j] += s;
+        }
 }
 
 static void tile_product(float *c, int64_t ldc, const float *a, int64_t a_row, int64_t a_col, const float *b, int64_t ldb, int64_t m, int64_t n, int64_t k_count)
 {
     int64_t i = 0;
-    for (; i < m; i += i + 4 <= m ? 4 : 1) {
-        int full = i + 4 <= m;
-        const float *ai = a + i * a_row;
-        float *ci = c + i * ldc;
-        int64_t j = 0;
-        for (; j + 32 <= n; j += 32) {
-            if (full) tile_block(ci + j, ldc, ai, a_row, a_col, b + j, ldb, k_count, 4, 2);
-            else tile_block(ci + j, ldc, ai, a_row, a_col, b + j, ldb, k_count, 1, 2);
-        }
-        for (; j + 16 <= n; j += 16) {
-            if (full) tile_block(ci + j, ldc, ai, a_row, a_col, b + j, ldb, k_count, 4, 1);
-            else tile_block(ci + j, ldc, ai, a_row, a_col, b + j, ldb, k_count, 1, 1);
-        }
-        for (; j < n; j++)
-            for (int r = 0; r < (full ? 4 : 1); r++) {
-                float s = 0;
-                for (int64_t k = 0; k < k_count; k++) s += ai[r * a_row + k * a_col] * b[k * ldb + j];
-                ci[r * ldc + j] += s;
-            }
-    }
+    for (; i + 4 <= m; i += 4) tile_columns(c + i * ldc, ldc, a + i * a_row, a_row, a_col, b, ldb, n, k_count, 4);
+    for (; i < m; i++) tile_columns(c + i * ldc, ldc, a + i * a_row, a_row, a_col, b, ldb, n, k_count, 1);
 }
 
 #endif

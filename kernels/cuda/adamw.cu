@@ -9,7 +9,7 @@
 
 enum { THREADS = 256 };
 
-struct adamw_constants { float b1, b2, new1, new2, eps, step_size, v_scale, keep; double clip; uint64_t seed, step; int64_t first; };
+struct adamw_constants { float b1, b2, new1, new2, eps, step_size, v_scale, decay; double clip; uint64_t seed, step; int64_t first; };
 
 struct random4 { uint32_t word[4]; };
 
@@ -84,7 +84,7 @@ __device__ __forceinline__ void update(T *w, float *master, const G *g, M *m, M 
         float gi = gv[j] * scale;
         mv[j] = k.b1 * mv[j] + k.new1 * gi;
         vv[j] = k.b2 * vv[j] + k.new2 * gi * gi;
-        wv[j] = wv[j] * k.keep - divide(k.step_size * mv[j], root(vv[j], M()) * k.v_scale + k.eps, M());
+        wv[j] -= k.decay * wv[j] + divide(k.step_size * mv[j], root(vv[j], M()) * k.v_scale + k.eps, M());
     }
     store_rounded<M, W>(m + i, mv, random, 0);
     store_rounded<M, W>(v + i, vv, random, 0);
@@ -129,7 +129,7 @@ extern "C" void cuda_adamw(struct backend *be, act *w, float *master, const grad
     k.b1 = (float)a->beta1; k.b2 = (float)a->beta2; k.new1 = (float)(1 - a->beta1); k.new2 = (float)(1 - a->beta2); k.eps = (float)a->eps;
     k.step_size = (float)(a->lr / (1 - pow(a->beta1, (double)a->step)));
     k.v_scale = (float)(1 / sqrt(1 - pow(a->beta2, (double)a->step)));
-    k.keep = (float)(1 - a->lr * a->weight_decay);
+    k.decay = (float)(a->lr * a->weight_decay);
     k.clip = a->clip; k.seed = a->seed; k.step = (uint64_t)a->step; k.first = a->first;
     if (be->act_dtype == DTYPE_F32) launch<float, float, float, false>(be, w, NULL, g, m, v, count, grad_sum_squares, k);
     else if (be->moment_dtype == DTYPE_BF16) {

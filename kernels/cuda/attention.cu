@@ -1,5 +1,6 @@
 /* Attention (the maths is in cpu/attention.c). bf16 heads that cuDNN has a kernel for go there (attention_cudnn.c); this file holds the
- * plain kernels for fp32, for other head widths and for generation, and the copies around cuDNN's layouts.
+ * plain kernels for fp32, for other head widths and for generation, and the lists that cuDNN's plans read. Log-sum-exps are (N, Hq), as
+ * cuDNN's are, so that forward and backward may take different ways.
  *
  * Plain forward: a block per (query, head). Its warps take blocks of 32 keys in turn, a key per lane for the scores, the head's
  * columns across the lanes for the weighted sum, each warp with its own running softmax; the warps merge in order.
@@ -76,43 +77,43 @@ __device__ __forceinline__ void attend(T *o, float *lse, const T *q, const T *k,
 }
 
 template <typename T>
-__global__ void __launch_bounds__(WARPS * 32) attention_forward_kernel(T *o, float *lse, const T *__restrict__ qkv, attention_args a)
+__global__ void __launch_bounds__(WARPS * 32) attention_forward_kernel(T *o, float *lse, const T *__restrict__ q, const T *__restrict__ k, const T *__restrict__ v, attention_args a)
 {
-    int64_t i = blockIdx.x, begin, end, width = (int64_t)(a.Hq + 2 * a.Hkv) * a.D;
+    int64_t i = blockIdx.x, begin, end;
     int h = blockIdx.y, kv = h / (a.Hq / a.Hkv);
     if (!document_of(i, a.doc_begin, a.n_docs, begin, end)) return;
-    int64_t first = a.window && i - a.window + 1 > begin ? i - a.window + 1 : begin;
-    attend<T, WARPS>(o + (i * a.Hq + h) * a.D, lse + h * a.N + i, qkv + i * width + h * a.D, qkv + (a.Hq + kv) * a.D, qkv + (a.Hq + a.Hkv + kv) * a.D, width, first, i, a.D, a.scale);
+    int64_t first = a.window && i - a.window + 1 > begin ? i - a.window + 1 : begin, at = i * a.Hq + h;
+    attend<T, WARPS>(o + at * a.D, lse + at, q + at * a.D, k + kv * a.D, v + kv * a.D, (int64_t)a.Hkv * a.D, first, i, a.D, a.scale);
 }
 
-/* delta[h][i] = o_i do_i */
+/* delta = o do of every (position, head) */
 template <typename T>
-__global__ void __launch_bounds__(WARPS * 32) attention_delta_kernel(float *delta, const T *__restrict__ o, const T *__restrict__ d_o, int64_t N, int Hq, int D)
+__global__ void __launch_bounds__(WARPS * 32) attention_delta_kernel(float *delta, const T *__restrict__ o, const T *__restrict__ d_o, int64_t items, int D)
 {
     int64_t item = (int64_t)blockIdx.x * WARPS + threadIdx.x / 32;
-    if (item >= N * Hq) return;
+    if (item >= items) return;
     float s = 0;
     for (int d = threadIdx.x % 32; d < D; d += 32) s += to_float(o[item * D + d]) * to_float(d_o[item * D + d]);
     s = warp_reduce(s, add_op());
-    if (threadIdx.x % 32 == 0) delta[item % Hq * N + item / Hq] = s;
+    if (threadIdx.x % 32 == 0) delta[item] = s;
 }
 
 template <typename T>
-__global__ void __launch_bounds__(WARPS * 32) attention_query_gradient_kernel(T *dqkv, const T *__restrict__ d_o, const float *__restrict__ lse, const float *__restrict__ delta,
-                                                                              const T *__restrict__ qkv, attention_args a)
+__global__ void __launch_bounds__(WARPS * 32) attention_query_gradient_kernel(T *dq, const T *__restrict__ d_o, const float *__restrict__ lse, const float *__restrict__ delta,
+                                                                              const T *__restrict__ q, const T *__restrict__ keys_of, const T *__restrict__ values_of, attention_args a)
 {
     __shared__ float query[MAX_D], dout[MAX_D], sums[WARPS][MAX_D];
-    int64_t i = blockIdx.x, begin, end, width = (int64_t)(a.Hq + 2 * a.Hkv) * a.D;
+    int64_t i = blockIdx.x, begin, end, width = (int64_t)a.Hkv * a.D;
     int h = blockIdx.y, kv = h / (a.Hq / a.Hkv), lane = threadIdx.x % 32, warp = threadIdx.x / 32, D = a.D;
     if (!document_of(i, a.doc_begin, a.n_docs, begin, end)) return;
-    int64_t first = a.window && i - a.window + 1 > begin ? i - a.window + 1 : begin;
-    const T *k = qkv + (a.Hq + kv) * D, *v = qkv + (a.Hq + a.Hkv + kv) * D;
+    int64_t first = a.window && i - a.window + 1 > begin ? i - a.window + 1 : begin, at = i * a.Hq + h;
+    const T *k = keys_of + kv * D, *v = values_of + kv * D;
     for (int d = threadIdx.x; d < D; d += WARPS * 32) {
-        query[d] = to_float(qkv[i * width + h * D + d]);
-        dout[d] = to_float(d_o[(i * a.Hq + h) * D + d]);
+        query[d] = to_float(q[at * D + d]);
+        dout[d] = to_float(d_o[at * D + d]);
     }
     __syncthreads();
-    float lse_i = lse[h * a.N + i], delta_i = delta[h * a.N + i], sum[COLUMNS] = {};
+    float lse_i = lse[at], delta_i = delta[at], sum[COLUMNS] = {};
     for (int64_t j0 = first + warp * 32; j0 <= i; j0 += WARPS * 32) {
         float ds = 0;
         if (j0 + lane <= i) {
@@ -133,37 +134,37 @@ __global__ void __launch_bounds__(WARPS * 32) attention_query_gradient_kernel(T 
     for (int d = threadIdx.x; d < D; d += WARPS * 32) {
         float x = 0;
         for (int w = 0; w < WARPS; w++) x += sums[w][d];
-        dqkv[i * width + h * D + d] = from_float<T>(x);
+        dq[at * D + d] = from_float<T>(x);
     }
 }
 
 template <typename T>
-__global__ void __launch_bounds__(WARPS * 32) attention_key_gradient_kernel(T *dqkv, const T *__restrict__ d_o, const float *__restrict__ lse, const float *__restrict__ delta,
-                                                                            const T *__restrict__ qkv, attention_args a)
+__global__ void __launch_bounds__(WARPS * 32) attention_key_gradient_kernel(T *dk_out, T *dv_out, const T *__restrict__ d_o, const float *__restrict__ lse, const float *__restrict__ delta,
+                                                                            const T *__restrict__ q, const T *__restrict__ k, const T *__restrict__ v, attention_args a)
 {
     __shared__ float key[MAX_D], value[MAX_D], sums[2][WARPS][MAX_D];
-    int64_t j = blockIdx.x, begin, end, width = (int64_t)(a.Hq + 2 * a.Hkv) * a.D;
+    int64_t j = blockIdx.x, begin, end;
     int kv = blockIdx.y, group = a.Hq / a.Hkv, lane = threadIdx.x % 32, warp = threadIdx.x / 32, D = a.D;
     if (!document_of(j, a.doc_begin, a.n_docs, begin, end)) return;
-    int64_t last = a.window && j + a.window < end ? j + a.window - 1 : end - 1;
+    int64_t last = a.window && j + a.window < end ? j + a.window - 1 : end - 1, at = (j * a.Hkv + kv) * D;
     for (int d = threadIdx.x; d < D; d += WARPS * 32) {
-        key[d] = to_float(qkv[j * width + (a.Hq + kv) * D + d]);
-        value[d] = to_float(qkv[j * width + (a.Hq + a.Hkv + kv) * D + d]);
+        key[d] = to_float(k[at + d]);
+        value[d] = to_float(v[at + d]);
     }
     __syncthreads();
     float dk[COLUMNS] = {}, dv[COLUMNS] = {};
     for (int h = kv * group; h < (kv + 1) * group; h++)
         for (int64_t i0 = j + warp * 32; i0 <= last; i0 += WARPS * 32) {
             float p = 0, ds = 0;
-            int64_t i = i0 + lane;
-            if (i <= last) {
-                p = expf(a.scale * dot_row(key, qkv + i * width + h * D, D) - lse[h * a.N + i]);
-                ds = p * (dot_row(value, d_o + (i * a.Hq + h) * D, D) - delta[h * a.N + i]) * a.scale;
+            int64_t i = (i0 + lane) * a.Hq + h;
+            if (i0 + lane <= last) {
+                p = expf(a.scale * dot_row(key, q + i * D, D) - lse[i]);
+                ds = p * (dot_row(value, d_o + i * D, D) - delta[i]) * a.scale;
             }
             int queries = (int)(last - i0 < 31 ? last - i0 + 1 : 32);
             for (int t = 0; t < queries; t++) {
                 float pt = __shfl_sync(0xffffffffu, p, t), st = __shfl_sync(0xffffffffu, ds, t);
-                const T *qt = qkv + (i0 + t) * width + h * D, *dt = d_o + ((i0 + t) * a.Hq + h) * D;
+                const T *qt = q + ((i0 + t) * a.Hq + h) * D, *dt = d_o + ((i0 + t) * a.Hq + h) * D;
                 #pragma unroll
                 for (int c = 0; c < COLUMNS; c++)
                     if (lane + 32 * c < D) {
@@ -178,31 +179,21 @@ __global__ void __launch_bounds__(WARPS * 32) attention_key_gradient_kernel(T *d
     for (int d = threadIdx.x; d < D; d += WARPS * 32) {
         float x = 0, y = 0;
         for (int w = 0; w < WARPS; w++) { x += sums[0][w][d]; y += sums[1][w][d]; }
-        dqkv[j * width + (a.Hq + kv) * D + d] = from_float<T>(x);
-        dqkv[j * width + (a.Hq + a.Hkv + kv) * D + d] = from_float<T>(y);
+        dk_out[at + d] = from_float<T>(x);
+        dv_out[at + d] = from_float<T>(y);
     }
 }
 
 template <typename T>
-__global__ void __launch_bounds__(256) cache_store_kernel(T *k_cache, T *v_cache, const T *__restrict__ qkv, int64_t n, int64_t past, int Hq, int Hkv, int D)
-{
-    int64_t at = (int64_t)blockIdx.x * 256 + threadIdx.x, kv_width = (int64_t)Hkv * D, i = at / kv_width, d = at % kv_width;
-    if (i >= n) return;
-    const T *row = qkv + i * (Hq + 2 * Hkv) * D + Hq * D;
-    k_cache[(past + i) * kv_width + d] = row[d];
-    v_cache[(past + i) * kv_width + d] = row[kv_width + d];
-}
-
-template <typename T>
-__global__ void __launch_bounds__(CACHED_WARPS * 32) attention_cached_kernel(T *o, const T *__restrict__ k_cache, const T *__restrict__ v_cache, const T *__restrict__ qkv, int64_t past,
+__global__ void __launch_bounds__(CACHED_WARPS * 32) attention_cached_kernel(T *o, const T *__restrict__ k_cache, const T *__restrict__ v_cache, const T *__restrict__ q, int64_t past,
                                                                              int Hq, int Hkv, int D, float scale, int64_t window)
 {
-    int64_t i = blockIdx.x, last = past + i, first = window && last - window + 1 > 0 ? last - window + 1 : 0;
-    int h = blockIdx.y, kv = h / (Hq / Hkv);
-    attend<T, CACHED_WARPS>(o + (i * Hq + h) * D, NULL, qkv + (i * (Hq + 2 * Hkv) + h) * D, k_cache + kv * D, v_cache + kv * D, (int64_t)Hkv * D, first, last, D, scale);
+    int64_t i = blockIdx.x, last = past + i, first = window && last - window + 1 > 0 ? last - window + 1 : 0, at = (i * Hq + blockIdx.y) * D;
+    int kv = blockIdx.y / (Hq / Hkv);
+    attend<T, CACHED_WARPS>(o + at, NULL, q + at, k_cache + kv * D, v_cache + kv * D, (int64_t)Hkv * D, first, last, D, scale);
 }
 
-/* ---- copies around cuDNN ---- */
+/* ---- what cuDNN's plans read beside the tensors ---- */
 
 __global__ void __launch_bounds__(256) offsets_kernel(attention_offsets to, const int32_t *__restrict__ doc_begin, int64_t n_docs, int64_t slots)
 {
@@ -210,61 +201,13 @@ __global__ void __launch_bounds__(256) offsets_kernel(attention_offsets to, cons
     if (d > slots) return;
     int32_t begin = doc_begin[d < n_docs ? d : n_docs];
     if (d < slots) to.length[d] = d < n_docs ? doc_begin[d + 1] - begin : 0;
-    for (int w = 0; w < to.widths; w++) to.offset[w][d] = (int32_t)(begin * to.width[w]);
-}
-
-/* tiles of 32 x 32 through shared memory */
-__global__ void __launch_bounds__(256) transpose_kernel(float *__restrict__ to, const float *__restrict__ from, int64_t rows, int64_t columns)
-{
-    __shared__ float tile[32][33];
-    int64_t r0 = (int64_t)blockIdx.x * 32, c0 = (int64_t)blockIdx.y * 32;
-    for (int y = threadIdx.x / 32; y < 32; y += 8) {
-        int64_t r = r0 + y, c = c0 + threadIdx.x % 32;
-        if (r < rows && c < columns) tile[y][threadIdx.x % 32] = from[r * columns + c];
-    }
-    __syncthreads();
-    for (int y = threadIdx.x / 32; y < 32; y += 8) {
-        int64_t c = c0 + y, r = r0 + threadIdx.x % 32;
-        if (r < rows && c < columns) to[c * rows + r] = tile[threadIdx.x % 32][y];
-    }
-}
-
-/* 16-byte words: widths of q and of k (= v) per token. JOIN: into the fused rows, else out of them. */
-template <bool JOIN>
-__global__ void __launch_bounds__(256) planes_kernel(uint4 *fused, uint4 *q, uint4 *k, uint4 *v, int64_t N, int q_words, int kv_words)
-{
-    int words = q_words + 2 * kv_words;
-    int64_t at = (int64_t)blockIdx.x * 256 + threadIdx.x, n = at / words;
-    int w = (int)(at % words);
-    if (n >= N) return;
-    uint4 *plane = w < q_words ? q + n * q_words + w : w < q_words + kv_words ? k + n * kv_words + w - q_words : v + n * kv_words + w - q_words - kv_words;
-    if (JOIN) fused[at] = *plane; else *plane = fused[at];
+    #pragma unroll
+    for (int w = 0; w < ATTENTION_WIDTHS; w++) if (w < to.widths) to.offset[w][d] = (int32_t)(begin * to.width[w]);
 }
 
 extern "C" void cuda_attention_fill_offsets(struct backend *be, const struct attention_offsets *to, const int32_t *doc_begin, int64_t n_docs, int64_t slots)
 {
     offsets_kernel<<<(unsigned)div_up(slots + 1, 256), 256, 0, cuda_state_of(be)->stream>>>(*to, doc_begin, n_docs, slots);
-    CUDA_CHECK(cudaGetLastError());
-}
-
-extern "C" void cuda_attention_transpose(struct backend *be, float *to, const float *from, int64_t rows, int64_t columns)
-{
-    transpose_kernel<<<dim3((unsigned)div_up(rows, 32), (unsigned)div_up(columns, 32)), 256, 0, cuda_state_of(be)->stream>>>(to, from, rows, columns);
-    CUDA_CHECK(cudaGetLastError());
-}
-
-extern "C" void cuda_attention_split(struct backend *be, act *q, act *k, act *v, const act *qkv, int64_t N, int Hq, int Hkv, int D)
-{
-    int q_words = Hq * D / 8, kv_words = Hkv * D / 8;
-    planes_kernel<false><<<(unsigned)div_up(N * (q_words + 2 * kv_words), 256), 256, 0, cuda_state_of(be)->stream>>>((uint4 *)const_cast<act *>(qkv), (uint4 *)q, (uint4 *)k, (uint4 *)v, N, q_words, kv_words);
-    CUDA_CHECK(cudaGetLastError());
-}
-
-extern "C" void cuda_attention_join(struct backend *be, act *qkv, const act *q, const act *k, const act *v, int64_t N, int Hq, int Hkv, int D)
-{
-    int q_words = Hq * D / 8, kv_words = Hkv * D / 8;
-    planes_kernel<true><<<(unsigned)div_up(N * (q_words + 2 * kv_words), 256), 256, 0, cuda_state_of(be)->stream>>>(
-        (uint4 *)qkv, (uint4 *)const_cast<act *>(q), (uint4 *)const_cast<act *>(k), (uint4 *)const_cast<act *>(v), N, q_words, kv_words);
     CUDA_CHECK(cudaGetLastError());
 }
 
@@ -276,36 +219,44 @@ size_t cuda_attention_scratch(struct backend *be, const struct op_limits *l)
     return plain > cudnn ? plain : cudnn;
 }
 
-extern "C" void cuda_attention_forward(struct backend *be, act *o, float *lse, const act *qkv, const struct attention_args *a)
+extern "C" void cuda_attention_forward(struct backend *be, act *o, float *lse, const act *q, const act *k, const act *v, const struct attention_args *a)
 {
     if (!a->N || !a->n_docs) return;
-    if (be->act_dtype == DTYPE_BF16 && cuda_attention_cudnn_forward(be, o, lse, qkv, a)) return;
+    if (be->act_dtype == DTYPE_BF16 && cuda_attention_cudnn_forward(be, o, lse, q, k, v, a)) return;
     CUDA_REQUIRE(a->D <= MAX_D, "attention: heads wider than 256 are not implemented");
-    DISPATCH(be->act_dtype, T, attention_forward_kernel<T><<<dim3((unsigned)a->N, (unsigned)a->Hq), WARPS * 32, 0, cuda_state_of(be)->stream>>>((T *)o, lse, (const T *)qkv, *a));
+    DISPATCH(be->act_dtype, T, attention_forward_kernel<T><<<dim3((unsigned)a->N, (unsigned)a->Hq), WARPS * 32, 0, cuda_state_of(be)->stream>>>(
+        (T *)o, lse, (const T *)q, (const T *)k, (const T *)v, *a));
     CUDA_CHECK(cudaGetLastError());
 }
 
-extern "C" void cuda_attention_backward(struct backend *be, act *dqkv, const act *d_o, const act *o, const float *lse, const act *qkv, const struct attention_args *a)
+extern "C" void cuda_attention_backward(struct backend *be, act *dq, act *dk, act *dv, const act *d_o, const act *o, const float *lse, const act *q, const act *k, const act *v,
+                                        const struct attention_args *a)
 {
     if (!a->N || !a->n_docs) return;
-    if (be->act_dtype == DTYPE_BF16 && cuda_attention_cudnn_backward(be, dqkv, d_o, o, lse, qkv, a)) return;
+    if (be->act_dtype == DTYPE_BF16 && cuda_attention_cudnn_backward(be, dq, dk, dv, d_o, o, lse, q, k, v, a)) return;
     CUDA_REQUIRE(a->D <= MAX_D, "attention: heads wider than 256 are not implemented");
     cudaStream_t stream = cuda_state_of(be)->stream;
     float *delta = (float *)cuda_scratch(be, sizeof(float) * (size_t)a->N * (size_t)a->Hq);
     DISPATCH(be->act_dtype, T,
-        attention_delta_kernel<T><<<(unsigned)div_up(a->N * a->Hq, WARPS), WARPS * 32, 0, stream>>>(delta, (const T *)o, (const T *)d_o, a->N, a->Hq, a->D);
-        attention_query_gradient_kernel<T><<<dim3((unsigned)a->N, (unsigned)a->Hq), WARPS * 32, 0, stream>>>((T *)dqkv, (const T *)d_o, lse, delta, (const T *)qkv, *a);
-        attention_key_gradient_kernel<T><<<dim3((unsigned)a->N, (unsigned)a->Hkv), WARPS * 32, 0, stream>>>((T *)dqkv, (const T *)d_o, lse, delta, (const T *)qkv, *a));
+        attention_delta_kernel<T><<<(unsigned)div_up(a->N * a->Hq, WARPS), WARPS * 32, 0, stream>>>(delta, (const T *)o, (const T *)d_o, a->N * a->Hq, a->D);
+        attention_query_gradient_kernel<T><<<dim3((unsigned)a->N, (unsigned)a->Hq), WARPS * 32, 0, stream>>>(
+            (T *)dq, (const T *)d_o, lse, delta, (const T *)q, (const T *)k, (const T *)v, *a);
+        attention_key_gradient_kernel<T><<<dim3((unsigned)a->N, (unsigned)a->Hkv), WARPS * 32, 0, stream>>>(
+            (T *)dk, (T *)dv, (const T *)d_o, lse, delta, (const T *)q, (const T *)k, (const T *)v, *a));
     CUDA_CHECK(cudaGetLastError());
 }
 
-extern "C" void cuda_attention_cached(struct backend *be, act *o, act *k_cache, act *v_cache, const act *qkv, int64_t n, int64_t past, int Hq, int Hkv, int D, float scale, int64_t window)
+extern "C" void cuda_attention_cached(struct backend *be, act *o, act *k_cache, act *v_cache, const act *q, const act *k, const act *v, int64_t n, int64_t past,
+                                      int Hq, int Hkv, int D, float scale, int64_t window)
 {
     if (!n) return;
     CUDA_REQUIRE(D <= MAX_D, "attention: heads wider than 256 are not implemented");
     cudaStream_t stream = cuda_state_of(be)->stream;
     DISPATCH(be->act_dtype, T,
-        cache_store_kernel<T><<<(unsigned)div_up(n * Hkv * D, 256), 256, 0, stream>>>((T *)k_cache, (T *)v_cache, (const T *)qkv, n, past, Hq, Hkv, D);
-        attention_cached_kernel<T><<<dim3((unsigned)n, (unsigned)Hq), CACHED_WARPS * 32, 0, stream>>>((T *)o, (const T *)k_cache, (const T *)v_cache, (const T *)qkv, past, Hq, Hkv, D, scale, window));
+        size_t row = sizeof(T) * (size_t)Hkv * (size_t)D;
+        CUDA_CHECK(cudaMemcpyAsync((char *)k_cache + row * (size_t)past, k, row * (size_t)n, cudaMemcpyDeviceToDevice, stream));
+        CUDA_CHECK(cudaMemcpyAsync((char *)v_cache + row * (size_t)past, v, row * (size_t)n, cudaMemcpyDeviceToDevice, stream));
+        attention_cached_kernel<T><<<dim3((unsigned)n, (unsigned)Hq), CACHED_WARPS * 32, 0, stream>>>(
+            (T *)o, (const T *)k_cache, (const T *)v_cache, (const T *)q, past, Hq, Hkv, D, scale, window));
     CUDA_CHECK(cudaGetLastError());
 }

@@ -1,5 +1,5 @@
 /* Evaluation of a chunk of positions (the maths is in cpu/compare_logits.c). A block per row; one pass for the two log-sum-exps, the
- * argmaxes and the label's ranks, one for the divergences, where log p - log q = (t - z) - (lse_p - lse_q). */
+ * argmaxes and the label's ranks, one for the divergences. */
 #include "kernels/cuda/row_stats.cuh"
 
 enum { THREADS = 512 };
@@ -13,8 +13,9 @@ template <int W> __device__ __forceinline__ void look(row_view &r, const float (
     for (int i = 0; i < W; i++) {
         if (j + i >= Vv) continue;
         int id = (int)(j + i);
-        r.rank += x[i] > mine || (x[i] == mine && id < label);
-        unsigned long long key = (unsigned long long)ordered_key(x[i]) << 32 | (uint32_t)~id;
+        r.rank += !(x[i] < mine) && (x[i] != mine || id < label);
+        uint32_t order = x[i] == x[i] ? ordered_key(x[i]) : id ? 0 : 0xffffffffu;      /* a NaN is the largest only where it comes first, as on the CPU */
+        unsigned long long key = (unsigned long long)order << 32 | (uint32_t)~id;
         r.best = key > r.best ? key : r.best;
     }
 }
@@ -53,15 +54,14 @@ __global__ void __launch_bounds__(THREADS, 2) compare_logits_kernel(eval_row *ou
             sum_p.merge(lse_p, c, {1.0});
             int rank_p = block_sum(view_p.rank);
             unsigned long long best_q = block_reduce(view_q.best, 0ull, max_op()), best_p = block_reduce(view_p.best, 0ull, max_op());
-            float s_q = (float)(lse_q[0] * 1.4426950408889634), s_p = (float)(lse_p[0] * 1.4426950408889634), delta = (float)(lse_p[0] - lse_q[0]);
+            row_shift q_of = shift_from(sum_q.top, 1, lse_q[0]), p_of = shift_from(sum_p.top, 1, lse_p[0]);
             for_each_pair<T, T, W, 2, true>(z, t, Vv, [&](float (&x)[W], float (&y)[W], int64_t j) {
                 float f = 0, r = 0;
-                #pragma unroll
                 for (int i = 0; i < W; i++) {
                     if (j + i >= Vv) continue;
-                    float p = exp2_fast(fmaf(y[i], LOG2E, -s_p)), q = exp2_fast(fmaf(x[i], LOG2E, -s_q)), d = y[i] - x[i] - delta;
-                    if (p > 0) f += p * d;
-                    if (q > 0) r -= q * d;
+                    float log_p = p_of.log_of(y[i]), log_q = q_of.log_of(x[i]), p = exp2_fast(log_p * LOG2E), q = exp2_fast(log_q * LOG2E);
+                    f += kl_term(p, q, log_q - log_p);
+                    r += kl_term(q, p, log_p - log_q);
                 }
                 forward += f;
                 reverse += r;

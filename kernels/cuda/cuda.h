@@ -23,8 +23,8 @@ struct cuda_state {
     cudnnHandle_t dnn;
     struct product_plan *products; int n_products;  /* found once per shape, kept until close */
     struct attention_plan *attentions; int n_attentions;
-    char *staging; cudaEvent_t staging_done[2]; int staging_half;   /* pinned, two halves in turn: host memory on its way to the device */
-    char description[192];
+    char *staging; cudaEvent_t staging_done[2]; int staging_half; size_t staging_used;   /* pinned, two halves in turn: host memory on its way to the device */
+    char description[352];      /* the card's name alone may be 255 bytes */
 };
 
 static inline struct cuda_state *cuda_state_of(struct backend *be) { return (struct cuda_state *)be->state; }
@@ -58,19 +58,18 @@ void cuda_add_partials(struct backend *be, grad *dw, const float *part, int64_t 
 /* dbias (O) += sum_n dy (N, O). part: cuda_column_sum_scratch() bytes */
 void cuda_column_sums(struct backend *be, grad *dbias, const act *dy, int64_t N, int64_t O, float *part);
 size_t cuda_column_sum_scratch(int64_t N, int64_t O);
+/* every row of y (N, O) = row (O) */
+void cuda_fill_rows(struct backend *be, act *y, const act *row, int64_t N, int64_t O);
 
 /* cuDNN's attention, bf16. false: this head width or machine has no such plan, nothing was done. */
-bool cuda_attention_cudnn_forward(struct backend *be, act *o, float *lse, const act *qkv, const struct attention_args *a);
-bool cuda_attention_cudnn_backward(struct backend *be, act *dqkv, const act *d_o, const act *o, const float *lse, const act *qkv, const struct attention_args *a);
+bool cuda_attention_cudnn_forward(struct backend *be, act *o, float *lse, const act *q, const act *k, const act *v, const struct attention_args *a);
+bool cuda_attention_cudnn_backward(struct backend *be, act *dq, act *dk, act *dv, const act *d_o, const act *o, const float *lse, const act *q, const act *k, const act *v,
+                                   const struct attention_args *a);
 size_t cuda_attention_cudnn_scratch(const struct op_limits *l);
 /* Document lengths [slots] and element offsets [slots + 1] of rows `width` wide for several widths; slots past n_docs are empty. */
-struct attention_offsets { int32_t *length; int32_t *offset[4]; int64_t width[4]; int widths; };
+enum { ATTENTION_WIDTHS = 4 };
+struct attention_offsets { int32_t *length; int32_t *offset[ATTENTION_WIDTHS]; int64_t width[ATTENTION_WIDTHS]; int widths; };
 void cuda_attention_fill_offsets(struct backend *be, const struct attention_offsets *to, const int32_t *doc_begin, int64_t n_docs, int64_t slots);
-/* to[c][r] = from[r][c] */
-void cuda_attention_transpose(struct backend *be, float *to, const float *from, int64_t rows, int64_t columns);
-/* fused rows (N, Hq+2Hkv, D) to and from separate q (N,Hq,D), k, v (N,Hkv,D) */
-void cuda_attention_split(struct backend *be, act *q, act *k, act *v, const act *qkv, int64_t N, int Hq, int Hkv, int D);
-void cuda_attention_join(struct backend *be, act *qkv, const act *q, const act *k, const act *v, int64_t N, int Hq, int Hkv, int D);
 
 /* ---- the ops ---- */
 void cuda_embed_forward(struct backend *be, act *x, const int32_t *tokens, const act *table, int64_t N, int64_t C);
@@ -80,11 +79,14 @@ void cuda_rmsnorm_backward(struct backend *be, act *dx, grad *dw, const act *dre
 void cuda_qk_norm_forward(struct backend *be, act *y, float *rstd, const act *x, const act *wq, const act *wk, int64_t N, int Hq, int Hkv, int D, float eps);
 void cuda_qk_norm_backward(struct backend *be, act *dx, grad *dwq, grad *dwk, const act *dy, const act *x, const act *wq, const act *wk, const float *rstd,
                            int64_t N, int Hq, int Hkv, int D);
-void cuda_rope_forward(struct backend *be, act *qkv, const float *cos, const float *sin, const int32_t *position, int64_t N, int Hq, int Hkv, int D);
-void cuda_rope_backward(struct backend *be, act *dqkv, const float *cos, const float *sin, const int32_t *position, int64_t N, int Hq, int Hkv, int D);
-void cuda_attention_forward(struct backend *be, act *o, float *lse, const act *qkv, const struct attention_args *a);
-void cuda_attention_backward(struct backend *be, act *dqkv, const act *d_o, const act *o, const float *lse, const act *qkv, const struct attention_args *a);
-void cuda_attention_cached(struct backend *be, act *o, act *k_cache, act *v_cache, const act *qkv, int64_t n, int64_t past, int Hq, int Hkv, int D, float scale, int64_t window);
+void cuda_rope_forward(struct backend *be, act *q, act *k, act *v, const act *qkv, const float *cos, const float *sin, const int32_t *position, int64_t N, int Hq, int Hkv, int D);
+void cuda_rope_backward(struct backend *be, act *dqkv, const act *dq, const act *dk, const act *dv, const float *cos, const float *sin, const int32_t *position,
+                        int64_t N, int Hq, int Hkv, int D);
+void cuda_attention_forward(struct backend *be, act *o, float *lse, const act *q, const act *k, const act *v, const struct attention_args *a);
+void cuda_attention_backward(struct backend *be, act *dq, act *dk, act *dv, const act *d_o, const act *o, const float *lse, const act *q, const act *k, const act *v,
+                             const struct attention_args *a);
+void cuda_attention_cached(struct backend *be, act *o, act *k_cache, act *v_cache, const act *q, const act *k, const act *v, int64_t n, int64_t past,
+                           int Hq, int Hkv, int D, float scale, int64_t window);
 void cuda_linear_forward(struct backend *be, act *y, const act *x, const act *w, const act *bias, int64_t N, int64_t C, int64_t O);
 void cuda_linear_backward_input(struct backend *be, act *dx, const act *dy, const act *w, int64_t N, int64_t C, int64_t O);
 void cuda_linear_backward_weight(struct backend *be, grad *dw, grad *dbias, const act *dy, const act *x, int64_t N, int64_t C, int64_t O);

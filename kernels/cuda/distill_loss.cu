@@ -8,8 +8,8 @@
  * complement and 1-Q never comes from a subtraction. Off S the gradient is then
  *     A e^{z/T - lse_rest} + B e^{z - lse}     A = kd_scale ((P + r)(1-Q) - r), B = ce_scale      (r = 0 unless the policy is bucket)
  * with A, B computed once per row in double; at T = 1 the two terms are one. S and the label are written last.
- * Full targets: log p - log q = (t' - z') - (lse_p - lse_q) with t' = t/T, z' = z/T and the difference of the two log-sum-exps
- * taken in double, so that nothing is lost where p is close to q. */
+ * Logits enter as differences to the row's largest, and every divergence as a function of d = log q - log p that is second order where p
+ * and q are close, so that fp32 suffices. 1/T is rounded to fp32 once, as full_scale is. */
 #include "kernels/cuda/row_stats.cuh"
 
 enum { THREADS = 512 };
@@ -42,9 +42,8 @@ __global__ void __launch_bounds__(THREADS, 2) distill_truncated_kernel(T *logits
     }
     const int32_t *ids = t.head_ids + n * K;
     const float *logp = t.head_logprob + n * K;
-    double inv_T = 1.0 / k.temperature;
-    float z_label = to_float(row[label]);
-    float c = 1 / k.temperature * LOG2E;
+    float z_label = to_float(row[label]), inv_T_fp32 = 1 / k.temperature, c = inv_T_fp32 * LOG2E, top;
+    double inv_T = inv_T_fp32;
 
     if (threadIdx.x == 0) label_in_head = 0;
     for (int i = threadIdx.x; i < K; i += THREADS) head_z[i] = to_float(row[ids[i]]);
@@ -66,23 +65,27 @@ __global__ void __launch_bounds__(THREADS, 2) distill_truncated_kernel(T *logits
         for_each_vector<T, W, 4, false>(row, Vv, [&](float (&x)[W], int64_t) { sums.template add<W>(x, scales); });
         sums.merge(at1, scales, {1.0});
         rest[0] = rest[1] = at1[0];
+        top = sums.top;
     } else {
         const float scales[2] = {c, LOG2E};
         running_sums<2> sums;
         sums.clear();
         for_each_vector<T, W, 4, false>(row, Vv, [&](float (&x)[W], int64_t) { sums.template add<W>(x, scales); });
         sums.merge(rest, scales, {inv_T, 1.0});
+        top = sums.top;
     }
     float head_top = -CUDART_INF_F;
     for (int i = threadIdx.x; i < K; i += THREADS) head_top = fmaxf(head_top, head_z[i]);
     head_top = block_max(head_top);
     double head_sum = 0, head_sum1 = 0, P = 0;
     if (head_top > -CUDART_INF_F)
+        #pragma unroll 1
         for (int i = threadIdx.x; i < K; i += THREADS) {
             double z = (double)head_z[i] - head_top;
             head_sum += exp(z * inv_T);
             head_sum1 += exp(z);
         }
+    #pragma unroll 1
     for (int i = threadIdx.x; i < K; i += THREADS) P += exp((double)logp[i]);
     head_sum = block_sum(head_sum);
     head_sum1 = block_sum(head_sum1);
@@ -102,6 +105,7 @@ __global__ void __launch_bounds__(THREADS, 2) distill_truncated_kernel(T *logits
             log_scale = log(scale_p);
             q_weight = 1;
         }
+        #pragma unroll 1
         for (int i = threadIdx.x; i < K; i += THREADS) {
             double p = exp((double)logp[i]) * scale_p;
             if (p > 0) divergence += p * (logp[i] + log_scale - (head_z[i] * inv_T - lse));
@@ -113,10 +117,11 @@ __global__ void __launch_bounds__(THREADS, 2) distill_truncated_kernel(T *logits
         ce_out[n] = (float)(lse1 - z_label);
     }
 
-    /* off S, with e^{z/T - lse_rest} <= 1 as the base */
+    /* off S, with e^{z/T - lse_rest} <= 1 as the base; s1 and s2 are what (z - top) c comes short of, in powers of two */
     double a = 0, b = k.ce, share = exp(rest[0] - lse);
-    if (K && k.kd != 0 && rest[0] > -CUDART_INF) a = k.kd * (q_weight * share - r);
-    float a1 = (float)a, s1 = rest[0] > -CUDART_INF ? (float)(rest[0] * 1.4426950408889634) : 0, a2 = (float)b, s2 = (float)(lse1 * 1.4426950408889634);
+    bool some = rest[0] > -CUDART_INF;
+    if (K && k.kd != 0 && some) a = k.kd * (q_weight * share - r);
+    float a1 = (float)a, s1 = some ? (float)((rest[0] - (one ? 1 : inv_T) * top) * 1.4426950408889634) : 0, a2 = (float)b, s2 = some ? (float)((lse1 - top) * 1.4426950408889634) : 0;
     if (one) {
         a1 = (float)(a + b * exp(rest[1] - lse1));
         a2 = 0;
@@ -126,26 +131,27 @@ __global__ void __launch_bounds__(THREADS, 2) distill_truncated_kernel(T *logits
     if (a2 == 0)
         for_each_vector<T, W, 4, true>(row, Vv, [&](float (&x)[W], int64_t j) {
             #pragma unroll
-            for (int i = 0; i < W; i++) x[i] = term(a1, x[i], c1, s1);
+            for (int i = 0; i < W; i++) x[i] = term(a1, x[i] - top, c1, s1);
             store<T, W>(row + j, x);
         });
     else
         for_each_vector<T, W, 4, true>(row, Vv, [&](float (&x)[W], int64_t j) {
             #pragma unroll
-            for (int i = 0; i < W; i++) x[i] = term(a1, x[i], c1, s1) + term(a2, x[i], LOG2E, s2);
+            for (int i = 0; i < W; i++) x[i] = term(a1, x[i] - top, c1, s1) + term(a2, x[i] - top, LOG2E, s2);
             store<T, W>(row + j, x);
         });
     clear_columns<T, W>(row, div_up(Vv, W) * W, V);
     __syncthreads();
     /* S, and the label */
+    #pragma unroll 1
     for (int i = threadIdx.x; i < K; i += THREADS) {
         double z = head_z[i], g = 0;
-        if (k.kd != 0) g = k.kd * (kept.q_weight * exp(z / k.temperature - kept.lse) - exp((double)logp[i]) * kept.scale_p);
+        if (k.kd != 0) g = k.kd * (kept.q_weight * exp(z * (1 / k.temperature) - kept.lse) - exp((double)logp[i]) * kept.scale_p);
         if (k.ce != 0) g += k.ce * (ids[i] == label ? expm1(z - kept.lse1) : exp(z - kept.lse1));
         row[ids[i]] = from_float<T>((float)g);
     }
     if (threadIdx.x == 0 && !label_in_head && k.ce != 0)
-        row[label] = from_float<T>((float)((kept.a != 0 ? kept.a * exp((double)z_label / k.temperature - kept.rest) : 0) + k.ce * expm1((double)z_label - kept.lse1)));
+        row[label] = from_float<T>((float)((kept.a != 0 ? kept.a * exp((double)z_label * (1 / k.temperature) - kept.rest) : 0) + k.ce * expm1((double)z_label - kept.lse1)));
 }
 
 /* log(a + (1-a) e^d): through log1p and expm1 near d = 0, from the larger side elsewhere */
@@ -165,22 +171,18 @@ __device__ __forceinline__ void divergence_term(divergence kind, float w, float 
     loss = h = 0;
     if (kind == DIV_REVERSE_KL) {
         h = d;
-        if (q > 0) loss = q * d;
+        loss = kl_term(q, p, -d);
     } else if (kind == DIV_JSD) {
-        if (p > 0) loss = -w * p * log_mix(w, d);
-        if (q > 0) {
-            h = -(1 - w) * log_mix(1 - w, -d);
-            loss += q * h;
-        }
+        float m = w * p + (1 - w) * q, lm = log_mix(1 - w, -d);
+        loss = w * kl_term(p, m, log_mix(w, d)) + (1 - w) * kl_term(q, m, lm);
+        if (q > 0) h = -(1 - w) * lm;
     } else if (kind == DIV_SKEW_KL) {
-        if (p > 0) {
-            float l = -log_mix(w, d);
-            loss = p * l;
-            h = -(1 - w) * expf(l);
-        }
+        float lm = log_mix(w, d);
+        loss = kl_term(p, w * p + (1 - w) * q, lm);
+        h = (1 - w) * (p > 0 ? -expm1f(-lm) : 1);
     } else if (kind == DIV_TVD) {
         loss = 0.5f * fabsf(p - q);
-        h = d > 0 ? 0.5f : d < 0 ? -0.5f : 0;
+        h = q > p ? 0.5f : q < p ? -0.5f : 0;
     }
 }
 
@@ -210,19 +212,32 @@ __global__ void __launch_bounds__(THREADS, 2) distill_full_kernel(T *logits, flo
     sums.merge(lse, c, {(double)inv_T, 1.0});
     teacher_sums.merge(lse_p, ct, {(double)t.full_scale});
 
-    float s_q = (float)(lse[0] * 1.4426950408889634), s_p = (float)(lse_p[0] * 1.4426950408889634), s_1 = (float)(lse[1] * 1.4426950408889634);
-    float delta = (float)(lse_p[0] - lse[0]), mean = 0;
+    row_shift q_of = shift_from(sums.top, inv_T, lse[0]), one_of = shift_from(sums.top, 1, lse[1]), p_of = shift_from(teacher_sums.top, t.full_scale, lse_p[0]);
+    float h_top = 0, mean = 0;
     double total = 0;
-    if (!FORWARD) {                                        /* the gradient needs sum q h first */
+    if (!FORWARD) {
+        /* the gradient needs sum q h first; h counts from where q is largest: a student that is sure has mean h = h there, and the
+         * difference is all that matters */
+        __shared__ int most_likely;
+        if (threadIdx.x == 0) most_likely = (int)Vv;
+        __syncthreads();
+        for_each_vector<T, W, 1, false>(row, Vv, [&](float (&x)[W], int64_t j) {
+            for (int i = 0; i < W; i++) if (j + i < Vv && x[i] == sums.top) atomicMin(&most_likely, (int)(j + i));
+        });
+        __syncthreads();
+        if (most_likely < Vv) {
+            float log_q = q_of.log_of(to_float(row[most_likely])), log_p = p_of.log_of(to_float(teacher[most_likely])), unused;
+            divergence_term(kind, w, exp2_fast(log_p * LOG2E), exp2_fast(log_q * LOG2E), log_q - log_p, unused, h_top);
+        }
         double mean_h = 0;
         for_each_pair<T, TT, W, 1, false>(row, teacher, Vv, [&](float (&x)[W], float (&y)[W], int64_t j) {
             float s = 0, m = 0;
             for (int i = 0; i < W; i++) {
                 if (j + i >= Vv) continue;
-                float q = exp2_fast(fmaf(x[i], c[0], -s_q)), p = exp2_fast(fmaf(y[i], ct[0], -s_p)), l, h;
-                divergence_term(kind, w, p, q, x[i] * inv_T - y[i] * t.full_scale + delta, l, h);
+                float log_q = q_of.log_of(x[i]), log_p = p_of.log_of(y[i]), q = exp2_fast(log_q * LOG2E), l, h;
+                divergence_term(kind, w, exp2_fast(log_p * LOG2E), q, log_q - log_p, l, h);
                 s += l;
-                if (q > 0) m += q * h;
+                if (q > 0) m += q * (h - h_top);
             }
             total += s;
             mean_h += m;
@@ -234,17 +249,17 @@ __global__ void __launch_bounds__(THREADS, 2) distill_full_kernel(T *logits, flo
         float s = 0;
         #pragma unroll
         for (int i = 0; i < W; i++) {
-            float q = exp2_fast(fmaf(x[i], c[0], -s_q)), p = exp2_fast(fmaf(y[i], ct[0], -s_p)), g, z = x[i];
+            float log_q = q_of.log_of(x[i]), log_p = p_of.log_of(y[i]), q = exp2_fast(log_q * LOG2E), p = exp2_fast(log_p * LOG2E), z = x[i], g;
             if (FORWARD) {
-                if (p > 0) s += p * (y[i] * t.full_scale - z * inv_T - delta);
+                if (j + i < Vv) s += kl_term(p, q, log_q - log_p);
                 g = q - p;
             } else {
                 float l, h;
-                divergence_term(kind, w, p, q, z * inv_T - y[i] * t.full_scale + delta, l, h);
-                g = q > 0 ? q * (h - mean) : 0;
+                divergence_term(kind, w, p, q, log_q - log_p, l, h);
+                g = q > 0 ? q * (h - h_top) - q * mean : 0;
             }
             x[i] = k.kd != 0 ? k.kd * g : 0;
-            if (k.ce != 0) x[i] += k.ce * (exp2_fast(fmaf(z, LOG2E, -s_1)) - (j + i == label ? 1 : 0));
+            if (k.ce != 0) x[i] += k.ce * (exp2_fast(one_of.log_of(z) * LOG2E) - (j + i == label ? 1 : 0));
             if (j + i >= Vv) x[i] = 0;
         }
         if (FORWARD) total += s;
@@ -263,7 +278,7 @@ static void launch_full(struct backend *be, act *logits, float *kd, float *ce, c
 {
     cudaStream_t stream = cuda_state_of(be)->stream;
     float w = a->divergence == DIV_JSD ? a->beta : a->alpha;
-    if (a->divergence == DIV_FORWARD_KL) distill_full_kernel<T, TT, W, true><<<(unsigned)R, THREADS, 0, stream>>>((T *)logits, kd, ce, *t, a->divergence, w, k, V, Vv);
+    if (a->divergence == DIV_FORWARD_KL || (a->divergence == DIV_SKEW_KL && a->alpha == 0)) distill_full_kernel<T, TT, W, true><<<(unsigned)R, THREADS, 0, stream>>>((T *)logits, kd, ce, *t, a->divergence, w, k, V, Vv);
     else distill_full_kernel<T, TT, W, false><<<(unsigned)R, THREADS, 0, stream>>>((T *)logits, kd, ce, *t, a->divergence, w, k, V, Vv);
 }
 

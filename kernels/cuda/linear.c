@@ -1,8 +1,9 @@
 /* Linear layers through cuBLASLt. Row-major products seen as column-major ones of the transposes:
  *     y^T (O,N) = w (C,O)^T x^T (C,N) + bias      dx^T (C,N) = w^T (C,O) dy^T (O,N)      dw^T (C,O) += x^T (C,N) dy (N,O)
  * bf16 inputs accumulate in fp32; fp32 stays fp32 (no TF32), so that tests are tight. A shape's algorithm is asked for once and
- * kept; dw is added to in the gradient's own type by beta = 1, the bias rides in the product's epilogue. The bias gradient is a
- * sum over rows of its own (reduce.cu): cuBLASLt's epilogue for it overwrites where we accumulate. */
+ * kept; dw is added to in the gradient's own type by beta = 1, the bias rides in the product's epilogue, or, for odd shapes that no
+ * algorithm with that epilogue takes, is written first and added to. The bias gradient is a sum over rows of its own
+ * (reduce.cu): cuBLASLt's epilogue for it overwrites where we accumulate. */
 #include <string.h>
 
 #include "base/error.h"
@@ -21,6 +22,7 @@ struct product_plan {
     cublasLtMatmulDesc_t product;
     cublasLtMatrixLayout_t a, b, d;
     cublasLtMatmulAlgo_t algorithm;
+    bool usable;                                    /* false: no algorithm takes this shape */
 };
 
 static cudaDataType_t cuda_type(enum dtype d) { return d == DTYPE_F32 ? CUDA_R_32F : CUDA_R_16BF; }
@@ -67,19 +69,21 @@ static struct product_plan *plan_new(struct cuda_state *s, const struct product_
     CUBLAS_CHECK(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &align_d, sizeof align_d));
     cublasLtMatmulHeuristicResult_t found[CANDIDATES];
     int count = 0, use = 0;
-    CUBLAS_CHECK(cublasLtMatmulAlgoGetHeuristic(s->blas, p.product, p.a, p.b, p.d, p.d, preference, CANDIDATES, found, &count));
+    cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(s->blas, p.product, p.a, p.b, p.d, p.d, preference, CANDIDATES, found, &count);
+    if (status == CUBLAS_STATUS_NOT_SUPPORTED) count = 0;
+    else CUBLAS_CHECK(status);
     CUBLAS_CHECK(cublasLtMatmulPreferenceDestroy(preference));
     while (use < count && (found[use].state != CUBLAS_STATUS_SUCCESS || found[use].workspaceSize > WORKSPACE)) use++;
-    CHECK(use < count, "cuBLASLt knows no algorithm for a product of %lld x %lld x %lld", (long long)key->m, (long long)key->n, (long long)key->k);
-    p.algorithm = found[use].algo;
+    p.usable = use < count;
+    if (p.usable) p.algorithm = found[use].algo;
 
     if ((s->n_products & (s->n_products - 1)) == 0) s->products = xrealloc(s->products, (size_t)(s->n_products ? 2 * s->n_products : 1) * sizeof *s->products);
     s->products[s->n_products] = p;
     return &s->products[s->n_products++];
 }
 
-/* d (m,n) = op(a) op(b) [+ d] [+ bias], column-major; a and b have the activations' type */
-static void product(struct backend *be, void *d, enum dtype d_type, const void *a, const void *b, const void *bias, int64_t m, int64_t n, int64_t k,
+/* d (m,n) = op(a) op(b) [+ d] [+ bias], column-major; a and b have the activations' type. false: not with a bias for this shape, nothing was done. */
+static bool product(struct backend *be, void *d, enum dtype d_type, const void *a, const void *b, const void *bias, int64_t m, int64_t n, int64_t k,
                     int transpose_a, int transpose_b, int accumulate)
 {
     struct cuda_state *s = cuda_state_of(be);
@@ -92,9 +96,12 @@ static void product(struct backend *be, void *d, enum dtype d_type, const void *
     struct product_plan *p = NULL;
     for (int i = 0; i < s->n_products && !p; i++) if (!memcmp(&s->products[i].key, &key, sizeof key)) p = &s->products[i];
     if (!p) p = plan_new(s, &key, bias);
+    if (!p->usable && bias) return false;
+    CHECK(p->usable, "cuBLASLt knows no algorithm for a product of %lld x %lld x %lld", (long long)m, (long long)n, (long long)k);
     if (bias) set(p->product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof bias);
     float one = 1, beta = accumulate ? 1 : 0;
     CUBLAS_CHECK(cublasLtMatmul(s->blas, p->product, &one, a, p->a, b, p->b, &beta, d, p->d, d, p->d, &p->algorithm, cuda_scratch(be, WORKSPACE), WORKSPACE, s->stream));
+    return true;
 }
 
 size_t cuda_linear_scratch(struct backend *be, const struct op_limits *l)
@@ -119,7 +126,9 @@ void cuda_linear_close(struct cuda_state *s)
 void cuda_linear_forward(struct backend *be, act *y, const act *x, const act *w, const act *bias, int64_t N, int64_t C, int64_t O)
 {
     if (!N) return;
-    product(be, y, be->act_dtype, w, x, bias, O, N, C, 1, 0, 0);
+    if (product(be, y, be->act_dtype, w, x, bias, O, N, C, 1, 0, 0)) return;
+    cuda_fill_rows(be, y, bias, N, O);
+    product(be, y, be->act_dtype, w, x, NULL, O, N, C, 1, 0, 1);
 }
 
 void cuda_linear_backward_input(struct backend *be, act *dx, const act *dy, const act *w, int64_t N, int64_t C, int64_t O)

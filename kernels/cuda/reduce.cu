@@ -75,6 +75,13 @@ __global__ void __launch_bounds__(32 * COLUMN_ROWS) column_sums_kernel(float *pa
     }
 }
 
+template <typename T>
+__global__ void __launch_bounds__(256) fill_rows_kernel(T *y, const T *__restrict__ row, int64_t N, int64_t O)
+{
+    int64_t at = (int64_t)blockIdx.x * 256 + threadIdx.x;
+    if (at < N * O) y[at] = row[at % O];
+}
+
 size_t cuda_reduce_scratch(struct backend *be, const struct op_limits *l) { (void)be; (void)l; return SQUARE_BLOCKS * sizeof(double); }
 
 extern "C" void cuda_sum_squares(struct backend *be, double *sum, const grad *g, int64_t count)
@@ -117,4 +124,10 @@ extern "C" void cuda_column_sums(struct backend *be, grad *dbias, const act *dy,
         else column_sums_kernel<T, 1><<<dim3((unsigned)div_up(O, 32), (unsigned)parts), dim3(32, COLUMN_ROWS), 0, stream>>>(part, (const T *)dy, N, rows, O));
     CUDA_CHECK(cudaGetLastError());
     cuda_add_partials(be, dbias, part, parts, O);
+}
+
+extern "C" void cuda_fill_rows(struct backend *be, act *y, const act *row, int64_t N, int64_t O)
+{
+    DISPATCH(be->act_dtype, T, fill_rows_kernel<T><<<(unsigned)div_up(N * O, 256), 256, 0, cuda_state_of(be)->stream>>>((T *)y, (const T *)row, N, O));
+    CUDA_CHECK(cudaGetLastError());
 }

@@ -1,65 +1,74 @@
-/* Rotary position embedding in place (the maths is in cpu/rope.c). A thread takes W pairs of one token and turns them in up to
- * HEADS heads, so that the table is read once for all of them. backward: the transpose, s -> -s. */
+/* Rotary position embedding on the way from fused rows to planes and back (the maths is in cpu/rope.c). A thread takes W pairs of one
+ * token through up to HEADS heads, so that the table is read once for all of them; value heads pass unchanged. */
 #include "kernels/cuda/common.cuh"
 
 enum { THREADS = 256, HEADS = 8 };
 
-template <typename T, int W>
-__global__ void __launch_bounds__(THREADS) rope_kernel(T *qkv, const float *__restrict__ cos, const float *__restrict__ sin, const int32_t *__restrict__ position, int64_t N,
-                                                       int heads, int chunks, int width, int D, float direction)
+struct rope_shape { int Hq, Hkv, D, chunks; };
+
+/* BACKWARD: planes -> fused, with the transpose of the rotation */
+template <typename T, int W, bool BACKWARD>
+__global__ void __launch_bounds__(THREADS) rope_kernel(T *__restrict__ fused, T *__restrict__ q, T *__restrict__ k, T *__restrict__ v, const float *__restrict__ cos,
+                                                       const float *__restrict__ sin, const int32_t *__restrict__ position, int64_t N, rope_shape s)
 {
-    int half = D / 2, vectors = half / W;
+    int half = s.D / 2, vectors = half / W, heads = s.Hq + 2 * s.Hkv;
     int64_t item = (int64_t)blockIdx.x * THREADS + threadIdx.x;
-    int i = (int)(item % vectors) * W, chunk = (int)(item / vectors % chunks);
-    int64_t n = item / vectors / chunks;
+    int i = (int)(item % vectors) * W, chunk = (int)(item / vectors % s.chunks);
+    int64_t n = item / vectors / s.chunks;
     if (n >= N) return;
-    float c[W], s[W];
+    float c[W], sn[W];
     int64_t at = (int64_t)position[n] * half + i;
     load<float, W>(c, cos + at);
-    load<float, W>(s, sin + at);
-    #pragma unroll
-    for (int k = 0; k < W; k++) s[k] *= direction;
-    T *row = qkv + n * width + i;
+    load<float, W>(sn, sin + at);
+    T *row = fused + n * heads * s.D + i, *q_row = q + n * s.Hq * s.D + i, *k_row = k + n * s.Hkv * s.D + i, *v_row = v + n * s.Hkv * s.D + i;
     int first = chunk * HEADS, last = min(first + HEADS, heads);
     #pragma unroll 4
     for (int h = first; h < last; h++) {
-        float a[W], b[W];
-        load<T, W>(a, row + h * D);
-        load<T, W>(b, row + h * D + half);
-        #pragma unroll
-        for (int k = 0; k < W; k++) {
-            float turned = a[k] * c[k] - b[k] * s[k];
-            b[k] = b[k] * c[k] + a[k] * s[k];
-            a[k] = turned;
+        T *plane = h < s.Hq ? q_row + h * s.D : h < s.Hq + s.Hkv ? k_row + (h - s.Hq) * s.D : v_row + (h - s.Hq - s.Hkv) * s.D;
+        T *from = BACKWARD ? plane : row + h * s.D, *to = BACKWARD ? row + h * s.D : plane;
+        packed<T, W> lower = load_packed<T, W>(from), upper = load_packed<T, W>(from + half);
+        if (h < s.Hq + s.Hkv) {
+            float a[W], b[W];
+            unpack<T, W>(a, lower);
+            unpack<T, W>(b, upper);
+            #pragma unroll
+            for (int j = 0; j < W; j++) {
+                float angle = BACKWARD ? -sn[j] : sn[j], turned = a[j] * c[j] - b[j] * angle;
+                b[j] = b[j] * c[j] + a[j] * angle;
+                a[j] = turned;
+            }
+            lower = pack<T, W>(a);
+            upper = pack<T, W>(b);
         }
-        store<T, W>(row + h * D, a);
-        store<T, W>(row + h * D + half, b);
+        store_packed<T, W>(to, lower);
+        store_packed<T, W>(to + half, upper);
     }
 }
 
-template <typename T, int W>
-static void rotate(struct backend *be, act *qkv, const float *cos, const float *sin, const int32_t *position, int64_t N, int Hq, int Hkv, int D, float direction)
+template <bool BACKWARD>
+static void rope(struct backend *be, act *fused, act *q, act *k, act *v, const float *cos, const float *sin, const int32_t *position, int64_t N, int Hq, int Hkv, int D)
 {
-    int heads = Hq + Hkv, chunks = (int)div_up(heads, HEADS);
-    rope_kernel<T, W><<<(unsigned)div_up(N * chunks * (D / 2 / W), THREADS), THREADS, 0, cuda_state_of(be)->stream>>>((T *)qkv, cos, sin, position, N, heads, chunks, (Hq + 2 * Hkv) * D, D, direction);
+    if (!N || D < 2) return;
+    cudaStream_t stream = cuda_state_of(be)->stream;
+    rope_shape s = {Hq, Hkv, D, (int)div_up(Hq + 2 * Hkv, HEADS)};
+    bool wide = aligned16(fused) && aligned16(q) && aligned16(k) && aligned16(v) && aligned16(cos) && aligned16(sin);
+    DISPATCH(be->act_dtype, T,
+        constexpr int W = vector_width<T>();
+        unsigned blocks = (unsigned)div_up(N * s.chunks * (D / 2), THREADS);
+        unsigned wide_blocks = (unsigned)div_up(N * s.chunks * (D / 2 / W), THREADS);
+        if (wide && D % (2 * W) == 0) rope_kernel<T, W, BACKWARD><<<wide_blocks, THREADS, 0, stream>>>((T *)fused, (T *)q, (T *)k, (T *)v, cos, sin, position, N, s);
+        else rope_kernel<T, 1, BACKWARD><<<blocks, THREADS, 0, stream>>>((T *)fused, (T *)q, (T *)k, (T *)v, cos, sin, position, N, s));
     CUDA_CHECK(cudaGetLastError());
 }
 
-static void rope(struct backend *be, act *qkv, const float *cos, const float *sin, const int32_t *position, int64_t N, int Hq, int Hkv, int D, float direction)
+extern "C" void cuda_rope_forward(struct backend *be, act *q, act *k, act *v, const act *qkv, const float *cos, const float *sin, const int32_t *position,
+                                  int64_t N, int Hq, int Hkv, int D)
 {
-    if (!N || D < 2) return;
-    bool wide = aligned16(qkv) && aligned16(cos) && aligned16(sin);
-    DISPATCH(be->act_dtype, T,
-        if (wide && D / 2 % vector_width<T>() == 0 && D % 2 == 0) rotate<T, vector_width<T>()>(be, qkv, cos, sin, position, N, Hq, Hkv, D, direction);
-        else rotate<T, 1>(be, qkv, cos, sin, position, N, Hq, Hkv, D, direction));
+    rope<false>(be, const_cast<act *>(qkv), q, k, v, cos, sin, position, N, Hq, Hkv, D);
 }
 
-extern "C" void cuda_rope_forward(struct backend *be, act *qkv, const float *cos, const float *sin, const int32_t *position, int64_t N, int Hq, int Hkv, int D)
+extern "C" void cuda_rope_backward(struct backend *be, act *dqkv, const act *dq, const act *dk, const act *dv, const float *cos, const float *sin, const int32_t *position,
+                                   int64_t N, int Hq, int Hkv, int D)
 {
-    rope(be, qkv, cos, sin, position, N, Hq, Hkv, D, 1);
-}
-
-extern "C" void cuda_rope_backward(struct backend *be, act *dqkv, const float *cos, const float *sin, const int32_t *position, int64_t N, int Hq, int Hkv, int D)
-{
-    rope(be, dqkv, cos, sin, position, N, Hq, Hkv, D, -1);
+    rope<true>(be, dqkv, const_cast<act *>(dq), const_cast<act *>(dk), const_cast<act *>(dv), cos, sin, position, N, Hq, Hkv, D);
 }

@@ -97,8 +97,33 @@ template <int KINDS> struct running_sums {
             double total = block_sum((double)(sum[k] * exp2_fast((top - most) * c[k])));
             lse[k] = most == NONE ? -CUDART_INF : (double)most * inv_T[k] + log(total);
         }
+        top = most;                         /* of the row, from here on */
     }
 };
+
+/* log softmax of a row at one temperature: (x - top) / T - rest with rest = lse - top / T. Both parts are small where it matters, so that fp32
+ * loses nothing however large the logits are. */
+struct row_shift {
+    float top, inv_T, rest;
+    __device__ __forceinline__ float log_of(float x) const { return fmaf(x - top, inv_T, -rest); }
+};
+__device__ __forceinline__ row_shift shift_from(float top, float inv_T, double lse) { return {top, inv_T, lse > -CUDART_INF ? (float)(lse - (double)top * inv_T) : 0}; }
+
+/* One id's share of KL(p||q) = sum p (e^d - 1 - d), d = log q - log p: the terms are >= 0 and second order in d, where those of
+ * sum p log(p/q) are first order and cancel. With p = 0 what is left is q. */
+__device__ __forceinline__ float kl_term(float p, float q, float d)
+{
+    if (!(p > 0)) return q;
+    if (fabsf(d) >= 0.5f) return q - p - p * d;
+    float s = 1.0f / 40320;                                          /* d^2 (1/2 + d/6 + ... + d^6/8! ), the next term is below 1e-8 of it */
+    s = fmaf(s, d, 1.0f / 5040);
+    s = fmaf(s, d, 1.0f / 720);
+    s = fmaf(s, d, 1.0f / 120);
+    s = fmaf(s, d, 1.0f / 24);
+    s = fmaf(s, d, 1.0f / 6);
+    s = fmaf(s, d, 0.5f);
+    return p * d * d * s;
+}
 
 /* log(e^a + e^b) */
 __device__ __forceinline__ double log_add(double a, double b)

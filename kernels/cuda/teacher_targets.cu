@@ -231,13 +231,14 @@ __global__ void __launch_bounds__(THREADS, 2) teacher_targets_kernel(targets_out
     /* 3: the ranking, and what follows from it; NaN in a row leaves fewer entries than K and NaN in its sums */
     sort_list(s.list, count);
     float top = count ? ranked_logit(s.list[0]) : floor, second = count > K ? ranked_logit(s.list[K]) : floor;
+    if (second == -CUDART_INF_F) second = floor;                               /* nothing but masked logits beyond the head */
     for (int i = 0; i < shape.slots; i++) {
         double inv_T = shape.inv_T[i], head = 0, tail = 0, spread = 0;
         for (int k = threadIdx.x; k < count; k += THREADS) {
             double x = ((double)ranked_logit(s.list[k]) - top) * inv_T;
             if (k) head += exp(x);
             if (k >= K) tail += exp(((double)ranked_logit(s.list[k]) - second) * inv_T);
-            if (i == shape.slot_of[0] && shape.entropy && k) spread -= exp(x) * x;
+            if (i == shape.slot_of[0] && shape.entropy && k && x > -CUDART_INF) spread -= exp(x) * x;
         }
         head = block_sum(head);
         tail = block_sum(tail);
@@ -251,7 +252,7 @@ __global__ void __launch_bounds__(THREADS, 2) teacher_targets_kernel(targets_out
             for (int t = 0; t < shape.nT; t++) {
                 if (shape.slot_of[t] != i) continue;
                 if (out.lse) out.lse[n * shape.nT + t] = (float)lse;
-                if (out.tail_logmass && shape.K) out.tail_logmass[n * shape.nT + t] = (float)(second * inv_T + log(mass) - lse);
+                if (out.tail_logmass) out.tail_logmass[n * shape.nT + t] = shape.K ? (float)(second * inv_T + log(mass) - lse) : 0;   /* without a head it is all */
             }
             /* H = log S + sum e^x (-x) / S, x relative to the largest logit: both parts >= 0 */
             if (out.entropy && i == shape.slot_of[0]) {
@@ -264,8 +265,8 @@ __global__ void __launch_bounds__(THREADS, 2) teacher_targets_kernel(targets_out
     double inv_T0 = shape.inv_T[shape.slot_of[0]], lse0 = s.lse[shape.slot_of[0]];
     for (int k = threadIdx.x; k < shape.K; k += THREADS) {
         bool there = k < count;
-        out.head_ids[n * shape.K + k] = there ? ranked_id(s.list[k]) : 0;
-        out.head_logprob[n * shape.K + k] = there ? (float)(ranked_logit(s.list[k]) * inv_T0 - lse0) : CUDART_NAN_F;
+        if (out.head_ids) out.head_ids[n * shape.K + k] = there ? ranked_id(s.list[k]) : 0;
+        if (out.head_logprob) out.head_logprob[n * shape.K + k] = there ? (float)(ranked_logit(s.list[k]) * inv_T0 - lse0) : CUDART_NAN_F;
     }
     if (out.label_logprob && threadIdx.x == 0) out.label_logprob[n] = labels[n] >= 0 ? (float)(to_float(row[labels[n]]) * inv_T0 - lse0) : 0;
     if (out.padding_mass) {

@@ -6,6 +6,7 @@ world=$(mktemp -d)
 trap 'rm -rf "$world"' EXIT
 cd "$world"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}   # tests share the machine: a thread that spins while its partner waits for a core costs whole time slices
 failures=0
 
 fail() { echo "FAILED: $*"; failures=$((failures + 1)); }

@@ -1,6 +1,7 @@
 /* libFuzzer: bytes as the files of a dataset. The first byte chooses which:
  *     0  a shard file, under a journal line that fits it       2  manifest.json
  *     1  journal.jsonl                                         3  the rows of a well-formed shard, their CRCs made right
+ *     4  changes to a well-formed shard outside its rows (offset u16, value u8, and so on), HDF5's own checksums made right
  * Whatever the bytes, the reader returns a status of an untrusted file: no crash, no leak, no wrong row.
  *
  *     clang -g -O1 -fsanitize=fuzzer,address,undefined -D_GNU_SOURCE -I. tests/data/fuzz_shard.c base/{error,file,hash,json,failpoint}.c \
@@ -15,7 +16,7 @@
 #include "data/shard_internal.h"
 #include "tests/data/shard_fixture.h"
 
-enum { MODES = 4 };
+enum { MODES = 5 };
 static char *dir, *names[MODES], id[SHA256_HEX];
 static struct shard_manifest manifest;
 static struct { char *data; size_t bytes; } good[3];       /* shard 0, journal, manifest */
@@ -39,7 +40,7 @@ int LLVMFuzzerInitialize(int *argc, char ***argv)
     dir = fixture_dir();
     atexit(clean);
     CHECK(fixture_dump(dir, &manifest) == OK && manifest_read(dir, &manifest, id) == OK, "%s", fail_message());
-    names[0] = names[3] = shard_path(dir, 0);
+    names[0] = names[3] = names[4] = shard_path(dir, 0);
     names[1] = path_join(dir, "journal.jsonl");
     names[2] = path_join(dir, "manifest.json");
     for (int i = 0; i < 3; i++) CHECK(file_read(names[i], 1 << 20, &good[i].data, &good[i].bytes) == OK, "%s", fail_message());
@@ -50,11 +51,12 @@ int LLVMFuzzerInitialize(int *argc, char ***argv)
     shard_dataset_close(d);
     const char *seeds = getenv("FUZZ_SEEDS");
     for (int mode = 0; seeds && mode < MODES; mode++) {
-        char *path = xasprintf("%s/seed-%d", seeds, mode), *data = xmalloc(good[mode % 3].bytes + 1);
+        size_t bytes = mode == 4 ? 3 : good[mode % 3].bytes;
+        char *path = xasprintf("%s/seed-%d", seeds, mode), *data = xmalloc(bytes + 1);
         data[0] = (char)mode;
-        memcpy(data + 1, good[mode % 3].data, good[mode % 3].bytes);
+        memcpy(data + 1, good[mode % 3].data, bytes);
         CHECK(dir_make(seeds) == OK, "%s", fail_message());
-        put(path, data, good[mode % 3].bytes + 1);
+        put(path, data, bytes + 1);
         free(data);
         free(path);
     }
@@ -111,6 +113,37 @@ static void forge_rows(const uint8_t *data, size_t bytes)
     shard_file_close(&f);
 }
 
+uint32_t H5_checksum_lookup3(const void *key, size_t length, uint32_t initval);   /* libhdf5's, for metadata */
+
+/* The checksum behind a superblock (at 44 of 48 bytes), an object header or a continuation of one that begins here. */
+static void checksum_mend(uint8_t *file, size_t at, size_t bytes, const uint8_t *p)
+{
+    size_t n = 0;
+    if (!memcmp(p, "\x89HDF", 4)) n = 44;
+    else if (!memcmp(p, "OHDR", 4)) {
+        size_t head = 6 + (p[5] & 0x20 ? 16 : 0) + (p[5] & 0x10 ? 4 : 0), width = (size_t)1 << (p[5] & 3);
+        uint64_t chunk = 0;
+        if (at + head + width > bytes) return;
+        memcpy(&chunk, p + head, width);
+        if (chunk > bytes) return;
+        n = head + width + chunk;
+    }
+    if (!n || at + n + 4 > bytes) return;
+    uint32_t sum = H5_checksum_lookup3(file + at, n, 0);
+    memcpy(file + at + n, &sum, 4);
+}
+
+static void forge_metadata(const uint8_t *data, size_t changes)
+{
+    size_t bytes = good[0].bytes;
+    uint8_t *file = xmalloc(bytes);
+    memcpy(file, good[0].data, bytes);
+    for (size_t i = 0; i + 3 <= changes; i += 3) file[(data[i] | data[i + 1] << 8) % bytes] = data[i + 2];
+    for (size_t at = 0; at + 48 <= bytes; at++) checksum_mend(file, at, bytes, file + at);
+    put(names[4], file, bytes);
+    free(file);
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
 {
     if (bytes < 1 || bytes > 1 << 20) return 0;
@@ -119,6 +152,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
     bytes--;
     for (int i = 0; i < 3; i++) put(names[i], good[i].data, good[i].bytes);
     if (mode == 3) forge_rows(data, bytes);
+    else if (mode == 4) forge_metadata(data, bytes);
     else put(names[mode], data, bytes);
     if (mode == 0) {                                       /* the journal of whoever made the file fits it */
         struct journal j;

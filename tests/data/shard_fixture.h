@@ -13,10 +13,6 @@
 #include "base/rng.h"
 #include "data/shard.h"
 
-/* libhdf5 1.10 loses a little memory for every damaged object header it refuses; that its handles are closed is tested by count. */
-const char *__lsan_default_suppressions(void);
-const char *__lsan_default_suppressions(void) { return "leak:libhdf5"; }
-
 static inline struct shard_manifest fixture_manifest(enum shard_kind kind, int64_t rows, int64_t rows_per_shard, int64_t length, int32_t vocab, int k)
 {
     struct shard_manifest m = {.kind = kind, .rows = rows, .row_length = length, .rows_per_shard = rows_per_shard, .k = kind == SHARD_FULL ? 0 : k,

@@ -14,10 +14,12 @@ enum situation {
     ORDINARY, EQUAL, TEACHER_SURE, STUDENT_SURE, BOTH_SURE, SURE_OF_OTHERS, FAR_APART, UNIFORM,
     NOT_SUPERVISED,         /* label -1: whatever lies there, NaN here, is not looked at */
     TEACHER_CERTAIN,        /* the other p are exactly 0, and so is the tail */
-    CLOSE, SITUATIONS
+    CLOSE,
+    STUDENT_CERTAIN,        /* the other q underflow even in double, and so does 1 - Q where the head holds the student's choice */
+    SITUATIONS
 };
 static const char *const situations[] = {"ordinary", "equal", "teacher sure", "student sure", "both sure", "sure of others", "far apart", "uniform",
-                                         "not supervised", "teacher certain", "close"};
+                                         "not supervised", "teacher certain", "close", "student certain"};
 
 struct loss_case {
     int64_t V, Vv;
@@ -136,6 +138,7 @@ static struct inputs make_inputs(struct rig *r, const struct loss_case *c)
         if (n == TEACHER_SURE || n == BOTH_SURE || n == SURE_OF_OTHERS) for (int64_t j = 0; j < Vv; j++) if (j != best) t[j] = to_bf16(t[j] - 75 * T);
         if (n == STUDENT_SURE || n == BOTH_SURE) for (int64_t j = 0; j < Vv; j++) if (j != best) z[j] -= 80 * T;
         if (n == SURE_OF_OTHERS) for (int64_t j = 0; j < Vv; j++) if (j != other) z[j] -= 80 * T;
+        if (n == STUDENT_CERTAIN) for (int64_t j = 0; j < Vv; j++) { z[j] = (j == best ? 0 : -2000 * T) + z[j]; t[j] = to_bf16(j == best ? 4 * T : t[j]); }
         if (n == FAR_APART) for (int64_t j = 0; j < Vv; j++) { t[j] = to_bf16(t[j] * 60 / scale); z[j] *= 60 / scale; }
         if (n == UNIFORM) for (int64_t j = 0; j < Vv; j++) z[j] = t[j] = 0;
         if (n == TEACHER_CERTAIN) for (int64_t j = 0; j < Vv; j++) t[j] = j == best ? 0 : -8192 * (T < 4 ? 1 : 4);

@@ -2,6 +2,7 @@
 #include "tests/train/fixture.h"
 
 #include <criterion/criterion.h>
+#include <ctype.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -9,17 +10,30 @@
 #include "base/error.h"
 #include "base/rng.h"
 
+struct model_config *fixture_config(const char *architecture, const char *more)
+{
+    char text[1024], name[32];
+    snprintf(name, sizeof name, "%sForCausalLM", architecture);
+    name[0] = (char)toupper((unsigned char)name[0]);
+    snprintf(text, sizeof text, "{\"architectures\": [\"%s\"], \"model_type\": \"%s\", \"hidden_size\": 24, \"intermediate_size\": 40, \"num_hidden_layers\": 3, \"num_attention_heads\": 4, "
+             "\"num_key_value_heads\": 2, \"head_dim\": 6, \"vocab_size\": %d, \"tie_word_embeddings\": false, \"max_position_embeddings\": 256, \"rms_norm_eps\": 1e-6, \"rope_theta\": 1000.0, "
+             "\"hidden_act\": \"silu\", \"initializer_range\": 0.2}", name, architecture, FIXTURE_VOCAB);
+    json_t *json = json_loads(text, 0, NULL), *changes = json_loads(more ? more : "{}", 0, NULL);
+    struct model_config *c = NULL;
+    cr_assert(json && changes);
+    json_object_update(json, changes);
+    cr_assert_eq(model_config_from_json(&c, json, "fixture"), OK, "%s", fail_message());
+    json_decref(json);
+    json_decref(changes);
+    return c;
+}
+
 void fixture_open(struct fixture *f, const struct fixture_options *o)
 {
-    char text[1024];
-    const char *name = !strcmp(o->architecture, "qwen2") ? "Qwen2ForCausalLM" : !strcmp(o->architecture, "llama") ? "LlamaForCausalLM" : "Qwen3ForCausalLM";
-    snprintf(text, sizeof text, "{\"architectures\": [\"%s\"], \"model_type\": \"%s\", \"hidden_size\": 24, \"intermediate_size\": 40, \"num_hidden_layers\": 3, \"num_attention_heads\": 4, "
-             "\"num_key_value_heads\": 2, \"head_dim\": 6, \"vocab_size\": %d, \"tie_word_embeddings\": %s, \"max_position_embeddings\": 256, \"rms_norm_eps\": 1e-6, \"rope_theta\": 1000.0, "
-             "\"hidden_act\": \"silu\", \"initializer_range\": 0.2}", name, o->architecture, FIXTURE_VOCAB, o->tie ? "true" : "false");
     memset(f, 0, sizeof *f);
-    json_t *json = json_loads(text, 0, NULL);
-    cr_assert_not_null(json);
-    cr_assert_eq(model_config_from_json(&f->config, json, "fixture"), OK, "%s", fail_message());
+    char *more = xasprintf("{\"tie_word_embeddings\": %s%s%s}", o->tie ? "true" : "false", o->more ? ", " : "", o->more ? o->more : "");
+    f->config = fixture_config(o->architecture, more);
+    free(more);
     struct backend_options device = {.device = "cpu"};
     cr_assert_eq(backend_open(&f->be, &device), OK, "%s", fail_message());
     f->plan = memory_plan_new(f->be);

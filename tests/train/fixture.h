@@ -16,7 +16,8 @@ struct fixture {
 };
 
 struct fixture_options {
-    const char *architecture;        /* "qwen2", "llama", "qwen3" */
+    const char *architecture;        /* "qwen2", "llama", "mistral", "qwen3" */
+    const char *more;                /* further members of config.json, or NULL */
     bool tie;
     int64_t rows, length, head_rows; /* N = rows * length; head_rows 0: all at once */
     enum recompute recompute;
@@ -27,6 +28,8 @@ struct fixture_options {
 
 enum { FIXTURE_VOCAB = 61 };         /* not a multiple of anything */
 
+/* C 24, F 40, 3 layers, 4/2 heads of 6, untied; `more` is a JSON object that changes or adds keys, or NULL. */
+struct model_config *fixture_config(const char *architecture, const char *more);
 void fixture_open(struct fixture *f, const struct fixture_options *o);
 void fixture_close(struct fixture *f);
 /* Rows of random tokens with documents of the given lengths (0-terminated, must fill a row); top-k targets of a random teacher when k > 0. */

@@ -8,7 +8,10 @@
 #include "tests/compare.h"
 #include "tests/train/fixture.h"
 
-static const char *const architectures[] = {"qwen2", "llama", "qwen3"};
+/* the last one slides: a window shorter than the longest document */
+static const char *const architectures[] = {"qwen2", "llama", "qwen3", "mistral"};
+static const char *const members[] = {NULL, "\"attention_bias\": true, \"mlp_bias\": true", "\"head_dim\": 10", "\"sliding_window\": 3"};
+enum { N_ARCHITECTURES = 4 };
 static const int documents[] = {1, 9, 5, 8, 0};      /* one of length 1, rows of 23 */
 
 static const struct distill_args mixed = {.temperature = 2, .kd_weight = 0.7f, .ce_weight = 0.3f};
@@ -16,9 +19,9 @@ static const struct distill_args mixed = {.temperature = 2, .kd_weight = 0.7f, .
 /* The loss of a model whose weights were changed along a random direction, against the gradient: central differences on the whole network. */
 Test(model, gradient_agrees_with_differences)
 {
-    for (int a = 0; a < 3; a++) {
+    for (int a = 0; a < N_ARCHITECTURES; a++) {
         struct fixture f;
-        struct fixture_options o = {.architecture = architectures[a], .tie = a == 2, .rows = 2, .length = 23, .kind = TARGET_TOPK, .k = 4, .loss = mixed, .seed = 5};
+        struct fixture_options o = {.architecture = architectures[a], .more = members[a], .tie = a == 2, .rows = 2, .length = 23, .kind = TARGET_TOPK, .k = 4, .loss = mixed, .seed = 5};
         fixture_open(&f, &o);
         struct batch *b = fixture_batch(2, 23, documents, 4, 9);
         double kd, ce, loss[2];
@@ -49,11 +52,11 @@ Test(model, gradient_agrees_with_differences)
 
 Test(model, recompute_changes_no_bit)
 {
-    for (int a = 0; a < 3; a++) {
+    for (int a = 0; a < N_ARCHITECTURES; a++) {
         float *reference = NULL;
         for (int policy = RECOMPUTE_NONE; policy <= RECOMPUTE_BLOCK; policy++) {
             struct fixture f;
-            struct fixture_options o = {.architecture = architectures[a], .rows = 2, .length = 23, .recompute = (enum recompute)policy, .kind = TARGET_TOPK, .k = 4, .loss = mixed, .seed = 5};
+            struct fixture_options o = {.architecture = architectures[a], .more = members[a], .rows = 2, .length = 23, .recompute = (enum recompute)policy, .kind = TARGET_TOPK, .k = 4, .loss = mixed, .seed = 5};
             fixture_open(&f, &o);
             struct batch *b = fixture_batch(2, 23, documents, 4, 9);
             double kd, ce;
@@ -111,9 +114,9 @@ Test(model, accumulation_and_chunks_are_one_big_batch)
 /* A document's hidden states do not depend on its neighbours in the row. */
 Test(model, packed_documents_are_the_same_documents_alone)
 {
-    for (int a = 0; a < 3; a++) {
+    for (int a = 0; a < N_ARCHITECTURES; a++) {
         struct fixture packed, alone;
-        struct fixture_options o = {.architecture = architectures[a], .rows = 1, .length = 23, .loss = mixed, .seed = 5};
+        struct fixture_options o = {.architecture = architectures[a], .more = members[a], .rows = 1, .length = 23, .loss = mixed, .seed = 5};
         fixture_open(&packed, &o);
         struct batch *row = fixture_batch(1, 23, documents, 0, 9);
         int64_t C = packed.config->hidden_size, begin = 0;
@@ -182,4 +185,106 @@ Test(model, overfits_one_batch)
     cr_expect_lt(ce, 0.02, "after 150 steps the loss is %g", ce);
     batch_free(b);
     fixture_close(&f);
+}
+
+/* What the head and the embedding learn apart, one tied matrix learns together. */
+Test(model, tied_gradient_is_the_sum_of_head_and_embedding)
+{
+    struct fixture tied, apart;
+    struct fixture_options o = {.architecture = "llama", .tie = true, .rows = 2, .length = 23, .kind = TARGET_TOPK, .k = 4, .loss = mixed, .seed = 5};
+    fixture_open(&tied, &o);
+    o.tie = false;
+    fixture_open(&apart, &o);
+    const struct params *t = apart.model->params;
+    memcpy(apart.model->weights, tied.model->weights, (size_t)tied.model->params->total * sizeof(float));
+    memcpy((float *)apart.model->weights + t->head->offset, tied.model->weights, (size_t)t->head->count * sizeof(float));
+    struct batch *b = fixture_batch(2, 23, documents, 4, 9);
+    double kd, ce, tied_kd, tied_ce;
+    float *g = fixture_gradients(&tied, b, (double)b->n_targets, &tied_kd, &tied_ce), *h = fixture_gradients(&apart, b, (double)b->n_targets, &kd, &ce);
+    cr_expect(kd == tied_kd && ce == tied_ce);
+    for (int64_t i = 0; i < t->head->count; i++) h[i] += h[t->head->offset + i];
+    cr_expect_lt(relative_l2(g, h, tied.model->params->total), 1e-6);
+    free(g);
+    free(h);
+    batch_free(b);
+    fixture_close(&tied);
+    fixture_close(&apart);
+}
+
+/* A model without a backward keeps one layer's buffers and one residual stream: the same hidden states to the bit. */
+Test(model, forward_only_is_the_same_forward)
+{
+    for (int a = 0; a < N_ARCHITECTURES; a++) {
+        struct fixture f;
+        struct fixture_options o = {.architecture = architectures[a], .more = members[a], .rows = 2, .length = 23, .loss = mixed, .seed = 5};
+        fixture_open(&f, &o);
+        struct batch *b = fixture_batch(2, 23, documents, 0, 9);
+        struct memory_plan *plan = memory_plan_new(f.be);
+        struct model_options forward = {.N = b->n, .max_doc = 23, .head_rows = 5};
+        struct model *m = model_new(f.be, f.config, &forward, plan);
+        cr_assert_eq(memory_commit(plan, 0), OK);
+        model_ready(m);
+        memcpy(m->weights, f.model->weights, (size_t)m->params->total * sizeof(float));
+        model_set_batch(f.model, b);
+        model_forward(f.model);
+        model_set_batch(m, b);
+        model_forward(m);
+        cr_expect_arr_eq((float *)m->hidden, (float *)f.model->hidden, (size_t)(b->n * 24) * sizeof(float), "%s", architectures[a]);
+        model_free(m);
+        memory_plan_free(plan);
+        batch_free(b);
+        fixture_close(&f);
+    }
+}
+
+/* Token by token through the cache, or in pieces, or at once: the hidden states of the packed forward. */
+Test(model, the_cache_gives_what_the_whole_sequence_gives)
+{
+    static const int pieces[][8] = {{20, 0}, {1, 1, 1, 5, 12, 0}, {19, 1, 0}};
+    for (int a = 0; a < N_ARCHITECTURES; a++) {
+        struct fixture f;
+        struct fixture_options o = {.architecture = architectures[a], .more = members[a], .rows = 1, .length = 20, .loss = mixed, .seed = 5};
+        fixture_open(&f, &o);
+        struct batch *b = fixture_batch(1, 20, (const int[]){20, 0}, 0, 9);
+        model_set_batch(f.model, b);
+        model_forward(f.model);
+        for (int i = 0; i < 3; i++) {
+            struct memory_plan *plan = memory_plan_new(f.be);
+            struct model_options cached = {.N = 20, .max_doc = 20, .head_rows = 1, .cache = true};
+            struct model *m = model_new(f.be, f.config, &cached, plan);
+            cr_assert_eq(memory_commit(plan, 0), OK);
+            model_ready(m);
+            memcpy(m->weights, f.model->weights, (size_t)m->params->total * sizeof(float));
+            for (int j = 0, at = 0; pieces[i][j]; at += pieces[i][j++]) {
+                model_forward_cached(m, b->tokens + at, pieces[i][j]);
+                double error = relative_l2((float *)m->hidden, (float *)f.model->hidden + at * 24, pieces[i][j] * 24);
+                cr_expect_lt(error, 2e-6, "%s, pieces %d at %d: %g", architectures[a], i, at, error);
+            }
+            model_free(m);
+            memory_plan_free(plan);
+        }
+        batch_free(b);
+        fixture_close(&f);
+    }
+}
+
+/* Nothing of an earlier batch is left over: a shorter batch after a longer one is the shorter batch alone. */
+Test(model, a_shorter_batch_leaves_no_trace_of_the_one_before)
+{
+    struct fixture f, fresh;
+    struct fixture_options o = {.architecture = "qwen3", .rows = 2, .length = 23, .kind = TARGET_TOPK, .k = 4, .loss = mixed, .seed = 5};
+    fixture_open(&f, &o);
+    fixture_open(&fresh, &o);
+    struct batch *both = fixture_batch(2, 23, documents, 4, 9), *one = fixture_batch(1, 23, documents, 4, 10);
+    double kd, ce, kd2, ce2;
+    free(fixture_gradients(&f, both, (double)both->n_targets, &kd, &ce));
+    float *after = fixture_gradients(&f, one, (double)one->n_targets, &kd, &ce), *alone = fixture_gradients(&fresh, one, (double)one->n_targets, &kd2, &ce2);
+    cr_expect(kd == kd2 && ce == ce2);
+    cr_expect_arr_eq(after, alone, (size_t)f.model->params->total * sizeof *after);
+    free(after);
+    free(alone);
+    batch_free(both);
+    batch_free(one);
+    fixture_close(&f);
+    fixture_close(&fresh);
 }

@@ -1,0 +1,65 @@
+#!/bin/bash
+# On a machine with a Hopper GPU: builds with CUDA (or takes a finished build directory), runs the gpu suite and `distill check` of
+# every golden case with device cuda, in fp32 and bf16, and prints one table last. Exit code 0 when every line of it passed.
+#
+#   scripts/gpu.sh [BUILD_DIR [LIBRARY_DIR]]     BUILD_DIR     default build-gpu; configured and built here unless it holds a program already
+#                                                LIBRARY_DIR   libraries the build needs and this machine lacks
+#   SANITIZE=1    also compute-sanitizer memcheck and racecheck over the op tests
+#   BENCH=1       also the kernel benchmark: one JSON line per figure, in BUILD_DIR/bench_kernels.jsonl
+#   GOLDEN="A B"  folders with golden cases; default tests/golden and ../shared/golden
+set -u
+root=$(cd "$(dirname "$0")/.." && pwd)
+build=${1:-$root/build-gpu}
+[ $# -gt 1 ] && export LD_LIBRARY_PATH=$(cd "$2" && pwd)${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+golden=${GOLDEN:-"$root/tests/golden $root/../shared/golden"}
+table=$(mktemp) || exit 4
+log=$(mktemp -d) || exit 4
+trap 'rm -rf "$table" "$log"' EXIT
+
+if ! nvidia-smi >/dev/null 2>&1; then echo "scripts/gpu.sh: no NVIDIA GPU here (nvidia-smi fails)" >&2; exit 2; fi
+nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,power.limit --format=csv,noheader
+if [ ! -x "$build/train/distill" ] && [ ! -x "$build/distill" ]; then
+    [ -f "$build/build.ninja" ] || meson setup "$build" "$root" -Dbuildtype=release -Dcuda=enabled || exit 2
+    ninja -C "$build" || exit 2
+fi
+build=$(cd "$build" && pwd)
+program=$build/distill
+[ -x "$program" ] || program=$build/train/distill
+
+failed=0
+# note NAME SECONDS STATUS FILE: one line of the table; 0 passed, 77 skipped
+note() {
+    local verdict=ok
+    case $3 in 0) ;; 77) verdict=SKIPPED; failed=1 ;; *) verdict="FAILED ($3)"; failed=1; tail -n 25 "$4" ;; esac
+    printf '%-44s %6ss  %s\n' "$1" "$2" "$verdict" >> "$table"
+}
+run() {  # run NAME COMMAND...
+    local name=$1 begin=$SECONDS file=$log/out
+    shift
+    timeout 300 "$@" > "$file" 2>&1
+    note "$name" $((SECONDS - begin)) $? "$file"
+}
+
+for test in "$build"/tests/test_kernels_*; do
+    [ -f "$test" ] && [ -x "$test" ] || continue
+    name=${test##*/test_kernels_}
+    for precision in fp32 bf16; do run "op $name $precision" "$test" --jobs 1 --filter "gpu/$precision"; done
+    if [ "${SANITIZE:-0}" = 1 ]; then
+        for tool in memcheck racecheck; do run "op $name $tool" compute-sanitizer --tool $tool --error-exitcode 9 --target-processes all "$test" --jobs 1 --filter 'gpu/*'; done
+    fi
+done
+for folder in $golden; do
+    for case in "$folder"/*/reference.json; do
+        [ -f "$case" ] || continue
+        case=${case%/reference.json}
+        for precision in fp32 bf16; do run "check ${case##*/} $precision" "$program" check "$case" --device cuda --precision "$precision"; done
+    done
+done
+if [ "${BENCH:-0}" = 1 ]; then
+    "$build/tests/bench_cuda" > "$build/bench_kernels.jsonl"
+    note "bench (bench_kernels.jsonl)" 0 $? "$build/bench_kernels.jsonl"
+    cat "$build/bench_kernels.jsonl"
+fi
+echo
+cat "$table"
+exit $((failed != 0))
