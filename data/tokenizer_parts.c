@@ -364,23 +364,9 @@ out:
     return rc;
 }
 
-void normalizer_close(struct normalizer *n)
-{
-    if (n) steps_free(&n->s);
-    free(n);
-}
-
-void pre_tokenizer_close(struct pre_tokenizer *p)
-{
-    if (p) steps_free(&p->s);
-    free(p);
-}
-
-void decoder_close(struct decoder *d)
-{
-    if (d) steps_free(&d->s);
-    free(d);
-}
+void normalizer_close(struct normalizer *n) { if (n) steps_free(&n->s); free(n); }
+void pre_tokenizer_close(struct pre_tokenizer *p) { if (p) steps_free(&p->s); free(p); }
+void decoder_close(struct decoder *d) { if (d) steps_free(&d->s); free(d); }
 
 struct parts_work *parts_work_new(const struct pre_tokenizer *p)
 {

@@ -35,6 +35,14 @@ grep -q 'is biased' run3.err || fail "renormalise does not warn"
 for divergence in forward_kl reverse_kl jsd skew_kl tvd; do
     "$distill" train config.yaml --set run.dir=run-$divergence --set shards.path=full --set objective.divergence=$divergence --set train.steps=3 >$divergence.log || fail "$divergence on full targets"
 done
+# at another listed temperature than the first: the same targets, however they are stored
+"$distill" teacher-dump config.yaml --set shards.path=full2 --set shards.kind=full --set 'shards.temperatures=[2.0, 1.0]' >full2.log || fail "full dump at 2"
+for path in full full2; do
+    "$distill" train config.yaml --set run.dir=temperature-$path --set shards.path=$path --set objective.temperature=2 --set train.steps=2 >temperature.log || fail "temperature 2 from $path"
+done
+kd() { grep -o '"train/kd": *[0-9.e-]*' $1/metrics.jsonl | tail -1 | grep -o '[0-9.e-]*$'; }
+awk -v a="$(kd temperature-full)" -v b="$(kd temperature-full2)" 'BEGIN { d = a / b - 1; exit !(b > 0 && d < 2e-3 && d > -2e-3) }' ||
+    fail "kd at temperature 2 is $(kd temperature-full) from logits over 1, $(kd temperature-full2) from logits over 2"
 "$distill" train config.yaml --set run.dir=run4 --set objective.kd_weight=0 --set objective.ce_weight=1 --set train.steps=3 >run4.log || fail "hard labels from shards"
 "$distill" bench config.yaml --set bench.steps=1 --set bench.seconds=0 --set "teacher.path=''" >bench.log || fail "bench"
 finish

@@ -18,20 +18,56 @@ printf 'x' | dd of=broken/checkpoints/step-00000009/model.safetensors bs=1 seek=
 grep -q 'falling back' broken.err || fail "a broken checkpoint is not reported: $(cat broken.err)"
 cmp straight/checkpoints/step-00000012/model.safetensors broken/checkpoints/step-00000012/model.safetensors || fail "weights differ after falling back"
 
+# nothing intact: the run is not begun again behind the user's back
+for d in broken/checkpoints/step-*; do printf 'x' | dd of="$d/optimizer.safetensors" bs=1 seek=2000 conv=notrunc 2>/dev/null; done
+"$distill" train config.yaml --set run.dir=broken --resume >>broken.log 2>broken.err && fail "a run without an intact checkpoint was begun again"
+grep -q 'none of its 2 checkpoints is intact' broken.err || fail "no word about checkpoints that are all broken: $(cat broken.err)"
+
 # a run that exists is neither overwritten nor continued unasked
 expect_exit 2 'already holds a run' "$distill" train config.yaml --set run.dir=straight
 
-# SIGTERM: finish the step, save, 75
-"$distill" train config.yaml --set run.dir=signal --set train.steps=100000 --set train.checkpoint_every=0 >signal.log 2>signal.err &
+# a signal: finish the step, save, 75; going on ends where a run that was not stopped ends
+for signal in TERM INT USR1; do
+    rm -rf signal
+    "$distill" train config.yaml --set run.dir=signal --set train.steps=100000 --set train.checkpoint_every=0 --set train.eval_every=0 >signal.log 2>signal.err &
+    pid=$!
+    for ((i = 0; i < 300; i++)); do [ "$(grep -c '^step' signal.log || true)" -ge 8 ] && break; sleep 0.1; done
+    kill -$signal $pid
+    code=0
+    wait $pid || code=$?
+    [ $code = 75 ] || fail "exit $code after SIG$signal: $(cat signal.err)"
+    grep -q -- '--resume' signal.err || fail "no word about how to go on after SIG$signal: $(cat signal.err)"
+done
+steps=$(ls signal/checkpoints | tail -1 | tr -dc 0-9 | sed 's/^0*//')
+[ "$(grep -c '"train/loss"' signal/metrics.jsonl)" = "$steps" ] || fail "metrics.jsonl has $(wc -l <signal/metrics.jsonl) lines for $steps steps"
+for run in signal unstopped; do
+    "$distill" train config.yaml --set run.dir=$run --set train.steps=$((steps + 2)) --set train.checkpoint_every=0 --set train.eval_every=0 --resume >signal2.log || fail "$run: $(tail -1 signal2.log)"
+done
+for f in model.safetensors optimizer.safetensors state.json; do
+    cmp signal/checkpoints/step-*$((steps + 2))/$f unstopped/checkpoints/step-*$((steps + 2))/$f || fail "$f differs after a signal"
+done
+
+# and a dump that was stopped by one
+"$distill" teacher-dump config.yaml --set shards.path=halted --set shards.rows_per_shard=1 --set dump.batch_rows=1 >halted.log 2>halted.err &
 pid=$!
-while [ "$(grep -c step signal.log || true)" -lt 8 ]; do sleep 0.1; done
+for ((i = 0; i < 3000; i++)); do grep -q '^halted  *shard 3' halted.log && break; sleep 0.01; done
 kill -TERM $pid
 code=0
 wait $pid || code=$?
-[ $code = 75 ] || fail "exit $code after SIGTERM"
-ls -d signal/checkpoints/step-* >/dev/null || fail "no checkpoint after SIGTERM"
-steps=$(ls signal/checkpoints | tail -1 | tr -dc 0-9 | sed 's/^0*//')
-"$distill" train config.yaml --set run.dir=signal --set train.steps=$((steps + 2)) --set train.checkpoint_every=0 --set schedule.kind=constant --resume >signal2.log || fail "resume after SIGTERM"
+"$distill" teacher-dump config.yaml --set shards.path=unhalted --set shards.rows_per_shard=1 --set dump.batch_rows=1 >unhalted.log
+[ $code = 75 ] || fail "exit $code of teacher-dump after SIGTERM: $(cat halted.err)"
+"$distill" teacher-dump config.yaml --set shards.path=halted --set shards.rows_per_shard=1 --set dump.batch_rows=1 >>halted.log
+diff -r halted unhalted >diff.log || fail "a dump stopped by SIGTERM and gone on with differs: $(head -3 diff.log)"
+
+# a signal while the run waits for a dump that never comes
+"$distill" train config.yaml --set run.dir=waiting --set shards.path=never --set shards.follow=true --set train.eval_every=0 >waiting.log 2>&1 &
+pid=$!
+sleep 0.5
+kill -TERM $pid
+code=0
+wait $pid || code=$?
+[ $code = 75 ] || fail "exit $code after SIGTERM while waiting for a dataset"
+expect_exit 7 'never/manifest.json did not appear' "$distill" train config.yaml --set run.dir=waiting --set shards.path=never --set shards.follow=true --set shards.wait_s=0.3 --set train.eval_every=0
 
 # the student may start while the dump still runs, and sees the same rows in the same order
 "$distill" train config.yaml --set run.dir=follow --set shards.path=later --set shards.follow=true --set train.eval_every=0 >follow.log 2>&1 &

@@ -57,11 +57,10 @@ static inline void same_tree(const char *a, const char *b, const char *why)
 
 static inline uint8_t *slurp(const char *dir, const char *name, size_t *bytes, char **path)
 {
-    char *data = NULL;
+    static char *data;
     *path = kept_path(dir, name);
     OK_OR_DIE(file_read(*path, (size_t)1 << 30, &data, bytes));
-    kept(data);
-    return (uint8_t *)data;
+    return kept(data);
 }
 
 static inline void spit(const char *path, const void *data, size_t bytes)

@@ -1,4 +1,6 @@
 /* Shards: whatever kills the writer or spoils a file is either undone at the next start or reported; never is a wrong row read. */
+#include <sys/resource.h>
+
 #include "tests/data/shard_helpers.h"
 
 TestSuite(shard_faults, .init = setup, .fini = teardown, .timeout = 300);
@@ -89,6 +91,33 @@ Test(shard_faults, killed_at_random)
     cr_assert_eq(dump_under(dir, &m, ""), OK);
     same_tree(reference, dir, "after random kills");
     cr_log_info("%d random kills\n", kills);
+}
+
+/* No file may grow beyond `limit` bytes: every kind of write fails for real, libhdf5's too. */
+Test(shard_faults, writes_refused_by_the_system)
+{
+    struct shard_manifest m = fixture_manifest(SHARD_TOPK, 3, 1, 6, 40, 3);
+    char *reference = dataset_new("reference", &m), *dir = kept_path(base, "dir");
+    int failed = 0;
+    for (rlim_t limit = 4; limit < 6000; limit += limit < 1000 ? 99 : 500) {
+        fflush(NULL);
+        pid_t pid = fork();
+        if (pid == 0) {
+            signal(SIGXFSZ, SIG_IGN);
+            setrlimit(RLIMIT_FSIZE, &(struct rlimit){limit, RLIM_INFINITY});
+            int rc = fixture_dump(dir, &m);
+            _exit(rc == OK || strstr(fail_message(), dir) ? rc : 99);
+        }
+        int status;
+        waitpid(pid, &status, 0);
+        cr_assert(WIFEXITED(status) && (WEXITSTATUS(status) == ERR_IO || WEXITSTATUS(status) == OK), "limit %d: status %x", (int)limit, (unsigned)status);
+        failed += WEXITSTATUS(status) == ERR_IO;
+        cr_assert_eq(temporary_files(dir), 0);
+        cr_assert_eq(dump_under(dir, &m, ""), OK, "limit %d", (int)limit);
+        same_tree(reference, dir, "after refused writes");
+        dir_remove_tree(dir);
+    }
+    cr_assert_geq(failed, 10);
 }
 
 Test(shard_faults, seal_failure_stops_the_writer)

@@ -49,7 +49,8 @@ static void run(struct rig *r, const void *c_, struct outputs *out)
     float *lse = poison_float(r, in.N * c->Hq);
     struct attention_args a = {.doc_begin = upload(r, in.begin, (size_t)(c->n_docs + 1) * sizeof *in.begin), .n_docs = c->n_docs, .max_doc = in.max_doc, .N = in.N,
                                .Hq = c->Hq, .Hkv = c->Hkv, .D = c->D, .scale = score_scale(c->D), .window = c->window};
-    rig_scratch(r, (struct op_limits){.N = in.N, .C = c->Hq * c->D, .V = 1, .max_doc = in.max_doc, .Hq = c->Hq, .Hkv = c->Hkv, .D = c->D});
+    /* the largest Hkv is another model's, which has no groups */
+    rig_scratch(r, (struct op_limits){.N = in.N, .C = c->Hq * c->D, .V = 1, .max_doc = in.max_doc, .Hq = c->Hq, .Hkv = c->Hq, .D = c->D});
     r->op->attention_forward(r->be, o, lse, q, k, v, &a);
     r->op->attention_backward(r->be, dq, dk, dv, d_o, o, lse, q, k, v, &a);
     take_act(out, r, "o", FORWARD, o, in.nq);
