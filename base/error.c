@@ -101,13 +101,10 @@ char *xstrdup(const char *s) { return xstrndup(s, strlen(s)); }
 
 char *xasprintf(const char *fmt, ...)
 {
+    char *s;
     va_list ap;
     va_start(ap, fmt);
-    int n = vsnprintf(NULL, 0, fmt, ap);
+    int n = vasprintf(&s, fmt, ap);
     va_end(ap);
-    char *s = xmalloc((size_t)n + 1);
-    va_start(ap, fmt);
-    vsnprintf(s, (size_t)n + 1, fmt, ap);
-    va_end(ap);
-    return s;
+    return checked(n < 0 ? NULL : s, (size_t)(n < 0 ? 1 : n) + 1);
 }

@@ -55,7 +55,7 @@ static int take_u64(struct cursor *c, uint64_t *v, const char *what) { return ta
 /* A name of plain characters, copied with a NUL. */
 static int take_name(struct cursor *c, size_t max, const char *what, char **name)
 {
-    uint64_t n;
+    uint64_t n = 0;
     int rc = take_u64(c, &n, what);
     if (rc != OK) return rc;
     if (n == 0 || n > max) return fail(ERR_INPUT, "%s: %s at byte %zu has %llu bytes, 1 to %zu are allowed", c->f->path, what, c->at - 8, (unsigned long long)n, max);
@@ -74,7 +74,7 @@ static int take_name(struct cursor *c, size_t max, const char *what, char **name
 static int skip_strings(struct cursor *c, uint64_t count, const char *key)
 {
     for (uint64_t i = 0; i < count; i++) {
-        uint64_t n;
+        uint64_t n = 0;
         int rc = take_u64(c, &n, "an array of strings");
         if (rc != OK) return rc;
         if (n > left(c)) return fail(ERR_INPUT, "%s: key %s: string %llu claims %llu bytes, more than the file has left", c->f->path, key, (unsigned long long)i, (unsigned long long)n);
@@ -94,7 +94,7 @@ static int check_booleans(const struct gguf_file *f, const struct gguf_value *v)
 static int take_value(struct cursor *c, struct gguf_value *v)
 {
     const char *path = c->f->path;
-    uint32_t type;
+    uint32_t type = 0;
     int rc = OK;
     TRY(take_u32(c, &type, "a key's type"));
     if (type >= GGUF_TYPE_COUNT) { rc = fail(ERR_INPUT, "%s: key %s has the unknown type %d", path, v->key, (int)type); goto out; }
@@ -179,8 +179,8 @@ static int take_tensors(struct cursor *c, struct gguf_file *f, uint64_t count)
         if (f->n_tensors == f->tensors_room) f->tensor = xrealloc(f->tensor, (size_t)(f->tensors_room = 2 * f->tensors_room + 64) * sizeof *f->tensor);
         struct gguf_tensor *t = &f->tensor[f->n_tensors];
         char *name;
-        uint32_t n_dims, type;
-        uint64_t dims[GGUF_MAX_DIMS] = {0}, offset;
+        uint32_t n_dims = 0, type = 0;
+        uint64_t dims[GGUF_MAX_DIMS] = {0}, offset = 0;
         *t = (struct gguf_tensor){0};
         TRY(take_name(c, MAX_NAME, "a tensor's name", &name));
         t->name = name;
@@ -263,7 +263,7 @@ int gguf_open(struct gguf_file **out, const char *path)
     struct gguf_file *f = xcalloc(1, sizeof *f);
     struct cursor c = {f, 8};
     uint32_t version;
-    uint64_t tensors, keys;
+    uint64_t tensors = 0, keys = 0;
     f->path = xstrdup(path);
     TRY(map_file(f));
     memcpy(&version, f->map + 4, 4);

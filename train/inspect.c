@@ -287,7 +287,7 @@ int command_inspect(int argc, char **argv)
 {
     struct inspect_options o = {.row = -1, .top = 5};
     struct report r = {.root = json_object()};
-    int64_t top;
+    int64_t top = o.top;
     int rc = OK;
     for (int i = 1; i < argc; i++) {
         const char *a = argv[i], *value = i + 1 < argc ? argv[i + 1] : NULL;

@@ -3,6 +3,7 @@
  *     tail_T = log sum_{not in head} exp(t/T) - lse_T   summed over the complement, so that it is exact however small
  *     entropy = lse - sum p t/T0 (at T0)
  *     padding = sum_{j >= Vv} e^t / sum_all e^t: what the columns no token has would have taken */
+#include <stdlib.h>
 #include <string.h>
 
 #include "base/half.h"
