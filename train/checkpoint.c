@@ -110,9 +110,9 @@ static int write_all(const char *dir, const struct model *m, const struct optimi
     TRY(write_weights(dir, m));
     TRY(write_moments(dir, o));
     TRY(config_write(config, yaml));
-    TRY(write_json(dir, "state.json", json_pack("{s:I, s:I, s:I, s:I, s:I, s:s, s:s}", "step", (json_int_t)s->step, "epoch", (json_int_t)s->loader.epoch,
+    TRY(write_json(dir, "state.json", json_pack("{s:I, s:I, s:I, s:I, s:I, s:I, s:s, s:s}", "step", (json_int_t)s->step, "epoch", (json_int_t)s->loader.epoch,
                                                 "cursor", (json_int_t)s->loader.cursor, "tokens", (json_int_t)s->tokens, "targets", (json_int_t)s->targets,
-                                                "data_id", s->data_id, "device", m->be->name)));
+                                                "seed", (json_int_t)s->seed, "data_id", s->data_id, "device", m->be->name)));
     TRY(write_file_list(dir));
     TRY(file_sync_dir(dir));
 out:
@@ -290,8 +290,9 @@ int checkpoint_load(const char *path, struct model *m, struct optimizer *o, stru
     TRY(json_get_int(state, "cursor", state_path, -1, &s->loader.cursor));
     TRY(json_get_int(state, "tokens", state_path, 0, &s->tokens));
     TRY(json_get_int(state, "targets", state_path, 0, &s->targets));
+    TRY(json_get_int(state, "seed", state_path, -1, &s->seed));
     TRY(json_get_string(state, "data_id", state_path, "", &data_id));
-    if (s->step < 0 || s->loader.epoch < 0 || s->loader.cursor < 0 || strlen(data_id) >= sizeof s->data_id) { rc = fail(ERR_INPUT, "%s: step, epoch, cursor or data_id is missing", state_path); goto out; }
+    if (s->step < 0 || s->loader.epoch < 0 || s->loader.cursor < 0 || s->seed < 0 || strlen(data_id) >= sizeof s->data_id) { rc = fail(ERR_INPUT, "%s: step, epoch, cursor, seed or data_id is missing or makes no sense", state_path); goto out; }
     strcpy(s->data_id, data_id);
 out:
     model_files_close(files);

@@ -1,7 +1,7 @@
 /* Checkpoints: run.dir/checkpoints/step-NNNNNNNN, a model directory that every other tool loads as it is, and beside the weights
  *
  *     optimizer.safetensors    exp_avg.<name>, exp_avg_sq.<name>, in the moments' own type
- *     state.json               step, loader position, tokens seen, dataset id, device type
+ *     state.json               step, loader position, seed, tokens seen, dataset id, device type
  *     run.yaml                 the resolved configuration
  *     files.json               SHA-256 of every other file
  *
@@ -20,6 +20,7 @@ struct train_state {
     struct loader_state loader;
     int64_t tokens, targets;             /* seen so far */
     char data_id[SHA256_HEX];            /* dataset id or corpus hash */
+    int64_t seed;                        /* run.seed: with the loader's position it says which rows come next */
 };
 
 /* `tokenizer_dir` NULL: none to copy. Keeps the newest `keep` (>= 1) checkpoints afterwards, itself

@@ -298,7 +298,7 @@ static int open_dataset(struct eval *e)
 {
     const struct config *c = e->c;
     int rc = OK;
-    char *dir = *c->shards_heldout_path ? xstrdup(c->shards_heldout_path) : xasprintf("%s-heldout", c->shards_path), hash[SHA256_HEX];
+    char *dir = heldout_shards_path(c), hash[SHA256_HEX];
     if (!path_exists(dir)) { rc = fail(ERR_USAGE, "there are no held-out rows: corpus.files is empty and %s does not exist; set corpus.files, or shards.heldout_path to a dataset", dir); goto out; }
     TRY(shard_dataset_open(&e->dataset, dir));
     const struct shard_manifest *m = shard_dataset_manifest(e->dataset);

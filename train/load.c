@@ -51,6 +51,14 @@ struct corpus_options corpus_options_of(const struct config *c)
     return o;
 }
 
+char *heldout_shards_path(const struct config *c)
+{
+    if (*c->shards_heldout_path) return xstrdup(c->shards_heldout_path);
+    size_t n = strlen(c->shards_path);
+    while (n > 1 && c->shards_path[n - 1] == '/') n--;          /* "logits/" means the same as "logits" */
+    return xasprintf("%.*s-heldout", (int)n, c->shards_path);
+}
+
 int copy_tokenizer_files(const char *from, const char *to)
 {
     static const char *const names[] = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",

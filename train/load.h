@@ -27,6 +27,9 @@ int64_t valid_vocab(const struct model_config *c, const struct tokenizer *t);
 /* The corpus.* keys as corpus.h wants them; points into `c`. */
 struct corpus_options corpus_options_of(const struct config *c);
 
+/* Where the held-out rows' shards are: shards.heldout_path, else shards.path with -heldout added. malloc'd. */
+char *heldout_shards_path(const struct config *c);
+
 /* Files beside the weights that an inference engine reads: tokenizer.json, tokenizer_config.json, generation_config.json, ...;
  * those that `from` has are copied to `to`. */
 int copy_tokenizer_files(const char *from, const char *to);

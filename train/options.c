@@ -30,7 +30,7 @@ const struct option options[] = {
     TEXT  ("run.dir", run_dir, "run", T | E | G | X, "directory of this run: checkpoints, metrics, the resolved configuration"),
     CHOICE("run.device", run_device, "cpu", "cpu|cuda", NULL, D | T | E | G | X | B, "where the arithmetic runs"),
     WHOLE ("run.threads", run_threads, "0", 0, 4096, D | T | E | G | X | B | V, "CPU threads; 0: all cores"),
-    WHOLE ("run.seed", run_seed, "1", 0, EXACT_MAX, D | T | E | B, "seed of everything random: order of documents and rows, initial weights"),
+    WHOLE ("run.seed", run_seed, "1", 0, EXACT_MAX, D | T | E, "seed of everything random: order of documents and rows, initial weights"),
     SWITCH("run.resume", run_resume, "false", T, "go on from the last checkpoint in run.dir, as --resume does"),
 
     TEXT  ("teacher.path", teacher_path, "", D | T | E | B, "Hugging Face directory of the teacher"),
@@ -60,9 +60,9 @@ const struct option options[] = {
 
     TEXT  ("shards.path", shards_path, "logits", D | T | E, "directory of the teacher's logits, written by teacher-dump and read by train"),
     TEXT  ("shards.heldout_path", shards_heldout_path, "", D | T | E, "the same for held-out rows; empty: shards.path with -heldout added"),
-    CHOICE("shards.kind", shards_kind, "topk", "topk|full", "hybrid|sampled", D | B, "what is stored per position: the K best, or all logits (hybrid and sampled are coming)"),
+    CHOICE("shards.kind", shards_kind, "topk", "topk|full", "hybrid|sampled", D, "what is stored per position: the K best, or all logits (hybrid and sampled are coming)"),
     WHOLE ("shards.k", shards_k, "64", 1, SHARD_MAX_K, D | B, "topk: how many of the teacher's best tokens are stored"),
-    REALS ("shards.temperatures", shards_temperatures, "1.0", 0.01, 100, D | B, "temperatures a student may train at; log-probabilities are stored at the first"),
+    REALS ("shards.temperatures", shards_temperatures, "1.0", 0.01, 100, D, "temperatures a student may train at; log-probabilities are stored at the first"),
     WHOLE ("shards.rows_per_shard", shards_rows_per_shard, "64", 1, 1e6, D, "rows of one shard file"),
     SWITCH("shards.follow", shards_follow, "false", T, "train while the dump is still running: wait for shards that are not there yet"),
     REAL  ("shards.wait_s", shards_wait_s, "0", 0, 1e9, T, "shards.follow: give up after this many seconds without a new shard; 0: never"),
@@ -70,11 +70,11 @@ const struct option options[] = {
     WHOLE ("dump.batch_rows", dump_batch_rows, "4", 1, 65536, D | B, "rows of one forward pass of the teacher"),
     WHOLE ("dump.chunk_tokens", dump_chunk_tokens, "512", 1, 1048576, D | B, "positions whose logits exist at one time"),
 
-    CHOICE("objective.divergence", objective_divergence, "forward_kl", "forward_kl|reverse_kl|jsd|skew_kl|tvd", NULL, T | B, "distance from teacher to student"),
-    CHOICE("objective.tail", objective_tail, "bucket", "bucket|renormalise|drop", NULL, T | B, "teacher mass outside the K: one extra outcome, spread over the K (biased), dropped (biased)"),
+    CHOICE("objective.divergence", objective_divergence, "forward_kl", "forward_kl|reverse_kl|jsd|skew_kl|tvd", NULL, T, "distance from teacher to student"),
+    CHOICE("objective.tail", objective_tail, "bucket", "bucket|renormalise|drop", NULL, T, "teacher mass outside the K: one extra outcome, spread over the K (biased), dropped (biased)"),
     INSIDE("objective.beta", objective_beta, "0.5", 0, 1, T, "jsd: weight of the teacher in the mixture"),
     BELOW ("objective.alpha", objective_alpha, "0.1", 0, 1, T, "skew_kl: share of the teacher in the mixture; 0 is forward_kl"),
-    REAL  ("objective.temperature", objective_temperature, "1", 0.01, 100, T | B, "T: both models' logits are divided by it, the loss is multiplied by T^2; must be among shards.temperatures"),
+    REAL  ("objective.temperature", objective_temperature, "1", 0.01, 100, T, "T: both models' logits are divided by it, the loss is multiplied by T^2; must be among shards.temperatures"),
     REAL  ("objective.kd_weight", objective_kd_weight, "1", 0, 1e6, T, "weight of the teacher's term"),
     REAL  ("objective.ce_weight", objective_ce_weight, "0", 0, 1e6, T, "weight of cross entropy with the text itself"),
 
@@ -100,14 +100,14 @@ const struct option options[] = {
     WHOLE ("train.eval_every", train_eval_every, "0", 0, MANY, T, "steps between evaluations on held-out rows; 0: none"),
     WHOLE ("train.checkpoint_every", train_checkpoint_every, "0", 0, MANY, T, "steps between checkpoints; 0: only at the end"),
     WHOLE ("train.keep_checkpoints", train_keep_checkpoints, "2", 1, 1e6, T, "older checkpoints are removed"),
-    WHOLE ("train.log_every", train_log_every, "1", 1, MANY, T, "steps between lines of metrics.jsonl"),
+    WHOLE ("train.log_every", train_log_every, "1", 1, MANY, T, "steps between progress lines; metrics.jsonl has every step"),
 
     REAL  ("memory.limit_gib", memory_limit_gib, "0", 0, 1e6, D | T | E | B, "most memory the plan may take; 0: what the machine has"),
 
     TEXT  ("eval.model", eval_model, "", E, "model to evaluate; empty: the run's last checkpoint"),
     TEXT  ("eval.json", eval_json, "", E, "also write the result to this file; empty: no"),
     WHOLE ("eval.max_rows", eval_max_rows, "0", 0, MANY, T | E, "evaluate on at most this many held-out rows; 0: all"),
-    WHOLE ("eval.batch_rows", eval_batch_rows, "4", 1, 65536, T | E, "rows of one forward pass"),
+    WHOLE ("eval.batch_rows", eval_batch_rows, "4", 1, 65536, E, "rows of one forward pass"),
 
     TEXT  ("generate.model", generate_model, "", G, "model that writes; empty: the run's last checkpoint"),
     TEXT  ("generate.prompt", generate_prompt, "", G, "text to go on from, used as it is"),

@@ -265,7 +265,7 @@ static int run(struct dump *d, bool dry_run)
 {
     const struct config *c = d->c;
     int rc = OK;
-    char *heldout = *c->shards_heldout_path ? xstrdup(c->shards_heldout_path) : xasprintf("%s-heldout", c->shards_path);
+    char *heldout = heldout_shards_path(c);
     TRY(open_teacher(d));
     TRY(read_kind(d));
     TRY(plan_memory(d));

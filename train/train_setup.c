@@ -72,7 +72,7 @@ static int open_shards(struct trainer *t)
 {
     const struct config *c = t->c;
     int rc = OK;
-    char *heldout = *c->shards_heldout_path ? xstrdup(c->shards_heldout_path) : xasprintf("%s-heldout", c->shards_path), *manifest = path_join(heldout, "manifest.json");
+    char *heldout = heldout_shards_path(c), *manifest = path_join(heldout, "manifest.json");
     if (c->shards_follow) TRY(wait_for_manifest(c));
     TRY(shard_dataset_open(&t->dataset, c->shards_path));
     const struct shard_manifest *m = shard_dataset_manifest(t->dataset);
@@ -116,6 +116,7 @@ static int open_corpus(struct trainer *t)
     t->row_length = t->rows->length;
     printf("corpus    %lld documents, %lld tokens in %lld rows of %lld; held out: %lld rows\n", (long long)t->rows->documents, (long long)t->rows->tokens_total, (long long)t->rows->rows,
            (long long)t->rows->length, (long long)(t->heldout_rows ? t->heldout_rows->rows : 0));
+    if (t->c->train_eval_every && !(t->heldout_rows && t->heldout_rows->rows)) warn("corpus.heldout_fraction keeps no rows: there is no held-out evaluation during training");
 out:
     return rc;
 }
@@ -186,11 +187,16 @@ static int start_or_resume(struct trainer *t)
         if (c->run_resume) printf("resume    %s has no checkpoint yet: starting from the beginning\n", c->run_dir);
         TRY(student_weights(t->student, t->model, (uint64_t)c->run_seed));
         strcpy(t->state.data_id, t->data_id);
+        t->state.seed = c->run_seed;
         goto out;
     }
     TRY(checkpoint_load(path, t->model, t->optimizer, &t->state));
     if (strcmp(t->state.data_id, t->data_id)) {
         rc = fail(ERR_MISMATCH, "%s was trained on data %.16s, this run's data is %.16s: resume with the same shards or corpus, or start another run.dir", path, t->state.data_id, t->data_id);
+        goto out;
+    }
+    if (t->state.seed != c->run_seed) {
+        rc = fail(ERR_MISMATCH, "%s was trained with run.seed %lld, which gives the order of the rows, not with %lld: resume with the same seed", path, (long long)t->state.seed, (long long)c->run_seed);
         goto out;
     }
     TRY(loader_seek(t->loader, &t->state.loader));

@@ -81,10 +81,13 @@ __device__ __forceinline__ void update(T *w, float *master, const G *g, M *m, M 
     }
     #pragma unroll
     for (int j = 0; j < W; j++) {
-        float gi = gv[j] * scale;
-        mv[j] = k.b1 * mv[j] + k.new1 * gi;
-        vv[j] = k.b2 * vv[j] + k.new2 * gi * gi;
-        wv[j] -= k.decay * wv[j] + divide(k.step_size * mv[j], root(vv[j], M()) * k.v_scale + k.eps, M());
+        /* every rounding is spelt out: left to itself the compiler contracts the wide and the narrow instance differently, and a tensor's
+         * tail would depend on where its range begins */
+        float gi = __fmul_rn(gv[j], scale);
+        mv[j] = __fmaf_rn(k.b1, mv[j], __fmul_rn(k.new1, gi));
+        vv[j] = __fmaf_rn(k.b2, vv[j], __fmul_rn(__fmul_rn(k.new2, gi), gi));
+        float move = divide(__fmul_rn(k.step_size, mv[j]), __fmaf_rn(root(vv[j], M()), k.v_scale, k.eps), M());
+        wv[j] = __fsub_rn(wv[j], __fmaf_rn(k.decay, wv[j], move));
     }
     store_rounded<M, W>(m + i, mv, random, 0);
     store_rounded<M, W>(v + i, vv, random, 0);

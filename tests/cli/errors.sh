@@ -59,4 +59,9 @@ expect_exit 6 'valid ids' "$distill" train config.yaml --set student.config=othe
 expect_exit 6 'tokenizer' "$distill" train config.yaml --set tokenizer.path=tokenizer2 --set run.dir=y
 "$distill" teacher-dump config.yaml --set shards.path=seed --set run.seed=4 >/dev/null
 expect_exit 6 'data' "$distill" train config.yaml --set run.dir=run --set shards.path=seed --set train.eval_every=0 --resume
+"$distill" train config.yaml --set run.dir=seeded --set train.steps=1 >/dev/null
+expect_exit 6 'run.seed' "$distill" train config.yaml --set run.dir=seeded --set run.seed=4 --set corpus.shuffle=false --resume
+cp -r teacher wide && sed -i 's/"max_position_embeddings": 128/"max_position_embeddings": 65536/' wide/config.json
+expect_exit 2 'train.micro_rows' "$distill" train teacher.yaml --set student.config=wide --set corpus.row_length=65535 --set train.batch_rows=65536 --set train.micro_rows=65536 --set run.dir=y
+expect_exit 2 'dump.batch_rows' "$distill" teacher-dump config.yaml --set teacher.path=wide --set corpus.row_length=65535 --set dump.batch_rows=65536 --set shards.path=b
 finish

@@ -22,5 +22,36 @@ printf '\x00\x00\xc0\x7f' | dd of=broken/model.safetensors bs=1 seek=6000 conv=n
 expect_exit 5 'NaN' "$distill" export config.yaml --set export.model=broken --set export.path=new
 printf '\x00\x00\x80\x48' | dd of=broken/model.safetensors bs=1 seek=6000 conv=notrunc 2>/dev/null
 expect_exit 5 'bf16' "$distill" export config.yaml --set export.model=broken --set export.path=new --set export.dtype=f16
+# killed at any moment, nothing has the final name; the next export takes away what the dead one left
+for point in export.written export.checked; do
+    for format in safetensors gguf; do
+        { DISTILL_FAIL=$point:kill "$distill" export config.yaml --set export.model=teacher --set export.format=$format --set export.path=new >/dev/null; } 2>/dev/null && fail "$point did not kill"
+        [ ! -e new ] || fail "killed at $point, $format has its final name"
+    done
+done
+"$distill" export config.yaml --set export.model=teacher --set export.format=gguf --set export.path=new >/dev/null || fail "export after kills"
+[ "$(echo new*)" = new ] || fail "leftovers of killed exports: $(echo new*)"
+cmp new f32.gguf || fail "the same export twice gives other bytes"
+rm new
+mkdir new && expect_exit 2 'not overwritten' "$distill" export config.yaml --set export.model=teacher --set export.path=new && rmdir new
+# a run's newest checkpoint, named after the run; without a tokenizer a file for ids only
+"$distill" export teacher.yaml --set run.dir=teacher-run --set export.format=gguf --set export.path=run.gguf >/dev/null || fail "newest checkpoint"
+head -c 400 run.gguf | grep -qa 'general.name.*teacher-run' || fail "general.name is not the run's"
+cp -r teacher bare && rm bare/tokenizer*.json
+"$distill" export config.yaml --set "tokenizer.path=''" --set export.model=bare --set export.format=gguf --set export.path=bare.gguf >export.log || fail "model without a tokenizer"
+grep -q 'no tokenizer.json' export.log || fail "a missing vocabulary is not mentioned: $(cat export.log)"
+"$distill" inspect out-bf16 >/dev/null || fail "an export does not pass inspect"
+if python3 -c 'import gguf' 2>/dev/null; then
+    cat >read.py <<'PYTHON'
+import sys, gguf
+for path in sys.argv[1:]:
+    r = gguf.GGUFReader(path)
+    assert r.fields["general.architecture"].contents() == "qwen2" and len(r.tensors) == 26, (path, len(r.tensors))
+    for t in r.tensors: gguf.quants.dequantize(t.data, t.tensor_type)
+PYTHON
+    python3 read.py ./*.gguf || fail "gguf-py does not read an export"
+else
+    echo "SKIPPED: reading with gguf-py, which is not installed"
+fi
 ls -d new* 2>/dev/null && fail "a refused export left something behind"
 finish

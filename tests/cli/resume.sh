@@ -69,6 +69,22 @@ wait $pid || code=$?
 [ $code = 75 ] || fail "exit $code after SIGTERM while waiting for a dataset"
 expect_exit 7 'never/manifest.json did not appear' "$distill" train config.yaml --set run.dir=waiting --set shards.path=never --set shards.follow=true --set shards.wait_s=0.3 --set train.eval_every=0
 
+# a signal while the run waits for the next shard of a dump that died: 7 shards are held-out rows, 4 of 14 are sealed then
+(DISTILL_FAIL="shard.after_rename:kill@12" "$distill" teacher-dump config.yaml --set shards.path=half >half.log 2>&1; exit $?) 2>/dev/null && fail "the dump did not die"
+"$distill" train config.yaml --set run.dir=half-run --set shards.path=half --set shards.follow=true >half-run.log 2>&1 &
+pid=$!
+for ((i = 0; i < 100; i++)); do grep -q '^step 6' half-run.log && break; sleep 0.1; done
+sleep 0.5
+kill -TERM $pid
+code=0
+wait $pid || code=$?
+[ $code = 75 ] || fail "exit $code after SIGTERM while waiting for a shard: $(tail -2 half-run.log)"
+[ -e half-run/checkpoints/step-00000012 ] && fail "the run had nothing to wait for"
+expect_exit 3 'shards are sealed' "$distill" train config.yaml --set run.dir=half-run --set shards.path=half --set train.eval_every=0 --resume
+"$distill" teacher-dump config.yaml --set shards.path=half >half.log
+"$distill" train config.yaml --set run.dir=half-run --set shards.path=half --resume >half-run.log || fail "resume after waiting: $(tail -1 half-run.log)"
+cmp straight/checkpoints/step-00000012/model.safetensors half-run/checkpoints/step-00000012/model.safetensors || fail "weights differ after waiting for a dump that died"
+
 # the student may start while the dump still runs, and sees the same rows in the same order
 "$distill" train config.yaml --set run.dir=follow --set shards.path=later --set shards.follow=true --set train.eval_every=0 >follow.log 2>&1 &
 pid=$!

@@ -68,7 +68,7 @@ static bool same_state(const struct fixture *a, const struct fixture *b)
 
 static struct train_state state_of(int64_t step)
 {
-    return (struct train_state){.step = step, .loader = {.epoch = 3, .cursor = 17}, .tokens = 5000000000, .targets = 4999999999, .data_id = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"};
+    return (struct train_state){.step = step, .loader = {.epoch = 3, .cursor = 17}, .tokens = 5000000000, .targets = 4999999999, .seed = 9007199254740991, .data_id = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"};
 }
 
 static int save(const struct fixture *f, int64_t step, int64_t keep)
@@ -117,7 +117,7 @@ Test(checkpoint, comes_back_bit_for_bit)
         cr_assert(!same_state(&f, &g));
         cr_assert_eq(checkpoint_load(path, g.model, g.optimizer, &s), OK, "%s", fail_message());
         cr_expect(same_state(&f, &g), "%s", cases[i].architecture);
-        cr_expect(s.step == want.step && s.loader.epoch == 3 && s.loader.cursor == 17 && s.tokens == want.tokens && s.targets == want.targets);
+        cr_expect(s.step == want.step && s.loader.epoch == 3 && s.loader.cursor == 17 && s.tokens == want.tokens && s.seed == want.seed && s.targets == want.targets);
         cr_expect_str_eq(s.data_id, want.data_id);
         free(path);
         fixture_close(&f);
@@ -350,8 +350,8 @@ Test(checkpoint, a_state_that_makes_no_sense_is_refused_by_name)
 {
     static const char *const states[] = {
         "{", "[]", "{}", "{\"step\": 3, \"epoch\": 0}", "{\"step\": -1, \"epoch\": 0, \"cursor\": 0}", "{\"step\": 3, \"epoch\": -2, \"cursor\": 0}", "{\"step\": \"3\", \"epoch\": 0, \"cursor\": 0}",
-        "{\"step\": 3.5, \"epoch\": 0, \"cursor\": 0}", "{\"step\": 3, \"epoch\": 0, \"cursor\": 0, \"data_id\": 4}",
-        "{\"step\": 3, \"epoch\": 0, \"cursor\": 0, \"data_id\": \"0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef0\"}"};
+        "{\"step\": 3.5, \"epoch\": 0, \"cursor\": 0}", "{\"step\": 3, \"epoch\": 0, \"cursor\": 0, \"seed\": 1, \"data_id\": 4}", "{\"step\": 3, \"epoch\": 0, \"cursor\": 0, \"data_id\": \"0\"}",
+        "{\"step\": 3, \"epoch\": 0, \"cursor\": 0, \"seed\": 1, \"data_id\": \"0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef0\"}"};
     struct fixture f;
     struct train_state s;
     open_fixture(&f, "qwen2", false, 5);
