@@ -154,6 +154,10 @@ Test(params, bound_pointers_name_what_they_say)
                 cr_expect_eq(want[k].p->n_parts, want[k].n_parts);
                 cr_expect_eq(want[k].p->layer, l);
             }
+            /* the order in which the ops read the rows: q, k, v and gate, up */
+            cr_expect(strstr(p->wqkv->part[1].name, ".k_proj.") && strstr(p->wqkv->part[2].name, ".v_proj.") && strstr(p->w_gate_up->part[1].name, ".up_proj."));
+            if (p->bqkv) cr_expect(strstr(p->bqkv->part[1].name, ".k_proj.bias") && strstr(p->bqkv->part[2].name, ".v_proj.bias"));
+            if (p->b_gate_up) cr_expect(strstr(p->b_gate_up->part[1].name, ".up_proj.bias"));
         }
         params_free(t);
         model_config_free(c);
