@@ -118,7 +118,7 @@ static void allocate_host(struct dump *d)
 static int make_manifest(const struct dump *d, const struct corpus_rows *rows, struct shard_manifest *m)
 {
     const struct config *c = d->c;
-    *m = (struct shard_manifest){.kind = d->kind, .rows = rows->rows, .row_length = rows->length, .rows_per_shard = c->shards_rows_per_shard, .k = d->k, .n_temperatures = d->nT,
+    *m = (struct shard_manifest){.kind = d->kind, .rows = rows->rows, .row_length = rows->length, .rows_per_shard = c->shards_rows_per_shard < rows->rows ? c->shards_rows_per_shard : rows->rows, .k = d->k, .n_temperatures = d->nT,
                                  .valid_vocab = (int32_t)d->Vv, .teacher_vocab = (int32_t)d->files->config->vocab_size, .seed = (uint64_t)c->run_seed, .text_bytes = rows->bytes};
     memcpy(m->temperatures, d->temperatures, sizeof m->temperatures);
     model_config_hash(d->files->config, m->teacher_config_hash);
