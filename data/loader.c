@@ -41,6 +41,7 @@ struct batch *batch_new(int64_t rows, int64_t length, const struct shard_manifes
         b->head_ids = xcalloc(n * (size_t)b->k, sizeof *b->head_ids);
         b->head_logprob = xcalloc(n * (size_t)b->k, sizeof *b->head_logprob);
     } else {
+        b->full_width = teacher->valid_vocab;
         b->full_logits = xcalloc(n * (size_t)teacher->valid_vocab, sizeof *b->full_logits);
     }
     return b;

@@ -10,4 +10,4 @@ ln -sfn "$(ls -d "$PWD"/quickstart/gpu-teacher-run/checkpoints/step-* | tail -1)
 run "$distill" teacher-dump configs/gpu/distill.yaml | grep -v '  shard '
 run "$distill" train configs/gpu/distill.yaml
 run "$distill" train configs/gpu/distill.yaml --set run.dir=quickstart/gpu-control-run --set objective.kd_weight=0 --set objective.ce_weight=1
-run "$distill" eval configs/gpu/distill.yaml --model control="$(ls -d quickstart/gpu-control-run/checkpoints/step-* | tail -1)"
+run "$distill" eval configs/gpu/distill.yaml --model distilled="$(ls -d quickstart/gpu-student-run/checkpoints/step-* | tail -1)" --model control="$(ls -d quickstart/gpu-control-run/checkpoints/step-* | tail -1)"

@@ -49,6 +49,15 @@ expect_exit 4 'nowhere' "$distill" teacher-dump config.yaml --set teacher.path=n
 expect_exit 2 'nothing.*txt' "$distill" teacher-dump config.yaml --set 'corpus.files=[nothing*.txt]'
 touch file && expect_exit 4 'file' "$distill" train config.yaml --set run.dir=file/run
 
+expect_exit 4 'may use 0.00 GiB; the largest part is .*make .* smaller' "$distill" train config.yaml --set memory.limit_gib=0.0001 --set run.dir=x
+
+# 5: numbers that are none, before they are stored or change a weight
+cp -r teacher sick && printf '\x00\x00\xc0\x7f' | dd of=sick/model.safetensors bs=1 seek=9000 conv=notrunc 2>/dev/null
+expect_exit 5 'not finite' "$distill" teacher-dump config.yaml --set teacher.path=sick --set shards.path=sick-logits
+expect_exit 5 'no weight was changed' "$distill" train config.yaml --set student.init=hf --set student.path=sick --set run.dir=sick-run
+[ -e sick-run/checkpoints ] && fail "a checkpoint of NaN"
+expect_exit 5 'step 1: loss' "$distill" train config.yaml --set objective.kd_weight=1e6 --set objective.ce_weight=1e6 --set student.init=hf --set student.path=sick --set run.dir=sick-run
+
 # 6: inputs that do not belong together
 expect_exit 6 'was made with rows' "$distill" teacher-dump config.yaml --set corpus.row_length=40
 expect_exit 6 'temperature' "$distill" train config.yaml --set objective.temperature=3 --set run.dir=y

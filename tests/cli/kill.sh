@@ -9,6 +9,7 @@ make_world
 sed -e 's/steps: 12/steps: 40/' -e 's/{kind: constant}/{kind: cosine, warmup_steps: 5}/' config.yaml >killed.yaml
 "$distill" teacher-dump killed.yaml >dump.log
 "$distill" train killed.yaml --set run.dir=straight >straight.log
+[ "$(grep -o '"train/lr": [0-9.e-]*' straight/metrics.jsonl | sed -n '1p;5p;$p' | grep -o '[0-9.e-]*$' | tr '\n' ' ')" = '0.002 0.01 0.001 ' ] || fail "the learning rate does not rise to 0.01 in 5 steps and end at a tenth"
 
 # runs a command quietly; its exit code is in $code
 run() { code=0; ("$@" >>killed.log 2>&1; exit $?) 2>/dev/null || code=$?; }
@@ -47,7 +48,7 @@ echo "killed: teacher-dump $dump_kills times, train $kills times"
 [ $((dump_kills + kills)) -ge 2 ] || fail "too few kills to say anything"
 
 # at every named point of a seal, a journal line and a checkpoint, when it is passed for the first and for the third time
-for point in $(grep -rhoE 'FAILPOINT(_FIRES)?\("[a-z_.]+"\)' "$source_root"/data/*.c "$source_root"/train/*.c | grep -oE '"[a-z_.]+"' | tr -d '"' | sort -u); do
+for point in $(grep -rhoE 'FAILPOINT(_FIRES)?\("[a-z_.]+"\)' "$source_root"/data/{journal,manifest,shard,shard_write}.c "$source_root"/train/checkpoint.c | grep -oE '"[a-z_.]+"' | tr -d '"' | sort -u); do
     for pass in 1 3; do
         case $point in
         checkpoint.*)

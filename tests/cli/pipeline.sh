@@ -43,6 +43,21 @@ done
 kd() { grep -o '"train/kd": *[0-9.e-]*' $1/metrics.jsonl | tail -1 | grep -o '[0-9.e-]*$'; }
 awk -v a="$(kd temperature-full)" -v b="$(kd temperature-full2)" 'BEGIN { d = a / b - 1; exit !(b > 0 && d < 2e-3 && d > -2e-3) }' ||
     fail "kd at temperature 2 is $(kd temperature-full) from logits over 1, $(kd temperature-full2) from logits over 2"
+# and nearly the same as the 256 best of 300 with the rest in a bucket
+"$distill" teacher-dump config.yaml --set shards.path=most --set shards.k=256 >most.log || fail "top 256"
+"$distill" train config.yaml --set run.dir=temperature-most --set shards.path=most --set objective.temperature=2 --set train.steps=2 >most.log || fail "temperature 2 from the top 256"
+awk -v a="$(kd temperature-full)" -v b="$(kd temperature-most)" 'BEGIN { d = b / a - 1; exit !(a > 0 && d < 1e-3 && d > -0.03) }' || fail "kd is $(kd temperature-full) from full logits, $(kd temperature-most) from the top 256"
+# how a step is cut into passes and chunks is no part of the objective; what is computed again is the same to the bit
+for way in 'train.micro_rows=1 train.chunk_tokens=1000' 'train.micro_rows=4 train.chunk_tokens=7' 'train.recompute=block' 'train.recompute=ffn' 'train.recompute=swiglu_norm'; do
+    rm -rf way
+    "$distill" train config.yaml --set run.dir=way --set objective.ce_weight=0.5 --set train.steps=4 --set train.eval_every=2 $(printf -- '--set %s ' $way) >way.log || fail "$way: $(tail -1 way.log)"
+    [ -d way0 ] || "$distill" train config.yaml --set run.dir=way0 --set objective.ce_weight=0.5 --set train.steps=4 --set train.eval_every=2 >way0.log
+    case $way in
+    train.recompute*) cmp way0/checkpoints/step-00000004/model.safetensors way/checkpoints/step-00000004/model.safetensors || fail "$way gives other weights" ;;
+    *) paste <(grep -oE '"(train|heldout)/(loss|kd|ce|grad_norm)": [0-9.e-]+' way0/metrics.jsonl) <(grep -oE '"(train|heldout)/(loss|kd|ce|grad_norm)": [0-9.e-]+' way/metrics.jsonl) |
+           awk '{ d = $2 / $4 - 1; n++; if ($1 != $3 || d > 2e-5 || d < -2e-5) { print; bad = 1 } } END { exit bad || n != 22 }' || fail "$way gives other losses" ;;
+    esac
+done
 "$distill" train config.yaml --set run.dir=run4 --set objective.kd_weight=0 --set objective.ce_weight=1 --set train.steps=3 >run4.log || fail "hard labels from shards"
 "$distill" bench config.yaml --set bench.steps=1 --set bench.seconds=0 --set "teacher.path=''" >bench.log || fail "bench"
 finish
