@@ -34,7 +34,7 @@ static void usage(FILE *f)
 
 int main(int argc, char **argv)
 {
-    cpu_select_blas(argv);
+    cpu_prepare_process(argv);
     if (argc < 2) { usage(stderr); return ERR_USAGE; }
     if (!strcmp(argv[1], "--help") || !strcmp(argv[1], "-h") || !strcmp(argv[1], "help")) { usage(stdout); return OK; }
     if (!strcmp(argv[1], "--version")) { printf("distill %s\n", DISTILL_VERSION); return OK; }
