@@ -121,7 +121,7 @@ size_t model_scratch_bytes(const struct model *m, int k)
 {
     const struct model_config *c = m->c;
     struct op_limits limits = {.N = m->o.N, .C = c->hidden_size, .F = c->intermediate_size, .V = c->vocab_size, .chunk_rows = m->o.head_rows,
-                               .max_doc = m->o.max_doc, .Hq = c->n_heads, .Hkv = c->n_kv_heads, .D = c->head_dim, .K = k};
+                               .max_doc = m->o.max_doc, .Hq = c->n_heads, .Hkv = c->n_kv_heads, .D = c->head_dim, .K = k, .backward = m->o.train};
     return m->be->ops->scratch_bytes(m->be, &limits);
 }
 

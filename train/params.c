@@ -104,20 +104,10 @@ enum { STAGE = 1 << 20 };   /* floats moved at a time */
 
 void params_init(const struct params *t, struct backend *be, act *weights, uint64_t seed)
 {
-    float *stage = xmalloc(STAGE * sizeof *stage);
     for (int i = 0; i < t->n; i++) {
         const struct param *p = &t->p[i];
-        for (int64_t first = 0; first < p->count; first += STAGE) {
-            int64_t n = p->count - first < STAGE ? p->count - first : STAGE;
-            #pragma omp parallel for schedule(static)
-            for (int64_t j = 0; j < n; j++) {
-                struct philox r = philox4x32(seed, 1, (uint64_t)(p->offset + first + j));
-                stage[j] = p->init_std > 0 ? p->init_mean + p->init_std * normal_float(r.v[0], r.v[1]) : p->init_mean;
-            }
-            be->ops->upload_act(be, element(be, weights, p->offset + first), stage, n);
-        }
+        be->ops->random_normal(be, element(be, weights, p->offset), p->count, p->init_mean, p->init_std, seed, p->offset);
     }
-    free(stage);
 }
 
 static int check_shape(const struct tensor_view *v, const struct param *p, const struct param_part *part, const char *where)
