@@ -1,7 +1,9 @@
 /* distill teacher-dump: rows -> teacher forward -> targets -> sealed shards, held-out rows first. A batch of rows is computed, its
  * targets are taken chunk by chunk while the logits are there, and handed row by row to the shard writer; nothing of size [N, V] is kept. */
 #include <math.h>
+#include <stdio.h>
 #include <string.h>
+#include <time.h>
 
 #include "base/error.h"
 #include "base/half.h"
@@ -12,8 +14,12 @@
 #include "train/signals.h"
 #include "train/student.h"
 
+struct shard_range { int64_t first, end; };    /* end 0: every shard that nobody else makes, by locks; -1: every shard, without */
+struct dump_flags { bool dry_run, bad_range; struct shard_range range; };
+
 struct dump {
     const struct config *c;
+    struct dump_flags flags;
     struct model_files *files;
     struct tokenizer *tokenizer;
     struct corpus_rows *train, *heldout;
@@ -200,48 +206,96 @@ static int put_rows(struct dump *d, struct shard_writer *w, const struct corpus_
     return OK;
 }
 
-/* One shard: its rows in batches. *rows_done counts over the dataset for the progress line. */
-static int dump_shard(struct dump *d, struct shard_writer *w, const struct shard_manifest *m, const struct corpus_rows *rows, int64_t shard, const char *name, double start, int64_t *rows_done,
-                      int64_t rows_at_start)
+/* How far the dataset is, for the progress line: `at_start` rows when this process began, `done` now, whoever made them. */
+struct dump_progress { const char *name; double start; int64_t at_start, done; };
+
+/* One shard: its rows in batches. */
+static int dump_shard(struct dump *d, struct shard_writer *w, const struct shard_manifest *m, const struct corpus_rows *rows, int64_t shard, struct dump_progress *p)
 {
     int rc = OK;
     int64_t first = shard_first_row(m, shard), end = first + shard_rows(m, shard), L = rows->length;
     TRY(shard_writer_begin(w, shard));
     for (int64_t row = first; row < end; row += d->batch->rows) {
-        if (stop_requested) { rc = fail(ERR_STOPPED, "stopped by a signal: %lld shards of %s are sealed, the %lld rows of the unfinished one will be computed again; run the command again to go on",
-                                        (long long)shard, name, (long long)(row - first)); goto out; }
+        if (stop_requested) { rc = fail(ERR_STOPPED, "stopped by a signal: %lld rows of %s are sealed, the %lld rows of the unfinished shard will be computed again; run the command again to go on",
+                                        (long long)shard_writer_rows_done(w), p->name, (long long)(row - first)); goto out; }
         d->batch->rows = end - row < d->c->dump_batch_rows ? end - row : d->c->dump_batch_rows;
         d->batch->n = d->batch->rows * L;
         for (int64_t r = 0; r < d->batch->rows; r++) batch_set_row(d->batch, r, rows->tokens + (row + r) * L, rows->loss_mask + (row + r) * L, rows->document + (row + r) * L);
         batch_finish(d->batch);
         TRY(compute_targets(d, row));
         TRY(put_rows(d, w, rows, row));
-        *rows_done += d->batch->rows;
-        double rate = (double)(*rows_done - rows_at_start) / (now_seconds() - start);
-        progress("%s  shard %lld/%lld  rows %lld/%lld  %.0f tok/s  eta %s", name, (long long)(shard + 1), (long long)shard_count(m), (long long)*rows_done, (long long)m->rows, rate * (double)L,
-                 duration_text((double)(m->rows - *rows_done) / rate));
+        p->done += d->batch->rows;
+        double rate = (double)(p->done - p->at_start) / (now_seconds() - p->start);
+        progress("%s  shard %lld/%lld  rows %lld/%lld  %.0f tok/s  eta %s", p->name, (long long)(shard + 1), (long long)shard_count(m), (long long)p->done, (long long)m->rows, rate * (double)L,
+                 duration_text((double)(m->rows - p->done) / rate));
     }
     TRY(shard_writer_seal(w));
 out:
     return rc;
 }
 
-static int dump_dataset(struct dump *d, const struct corpus_rows *rows, const char *path)
+/* Claims and makes shards until none is left. What other processes are making is waited for if `wait` says so: should one die, its shards
+ * are free again. *complete: every shard (of the range) is made. */
+static int dump_shards(struct dump *d, struct shard_writer *w, const struct shard_manifest *m, const struct corpus_rows *rows, const char *path, bool wait, bool *complete)
+{
+    struct dump_progress p = {.name = path, .start = now_seconds(), .at_start = shard_writer_rows_done(w)};
+    int64_t shard, busy, said = 0;
+    const char *owner;
+    int rc = OK;
+    *complete = false;
+    for (;;) {
+        TRY(shard_writer_claim(w, &shard, &busy, &owner));
+        p.done = shard_writer_rows_done(w);
+        if (shard == SHARD_NONE) { *complete = true; break; }
+        if (shard != SHARD_BUSY) {
+            TRY(dump_shard(d, w, m, rows, shard, &p));
+            said = 0;
+            continue;
+        }
+        if (!wait) break;
+        if (busy != said) {
+            progress_end();
+            printf("%s: other processes are making the last %lld shards (%s); waiting, to take over what they leave\n", path, (long long)busy, owner);
+            fflush(stdout);
+            said = busy;
+        }
+        if (stop_requested) { rc = fail(ERR_STOPPED, "stopped by a signal while other processes make the last %lld shards of %s", (long long)busy, path); break; }
+        nanosleep(&(struct timespec){.tv_nsec = 250000000}, NULL);
+    }
+out:
+    progress_end();
+    return rc;
+}
+
+static int dump_dataset(struct dump *d, const struct corpus_rows *rows, const char *path, struct shard_range range, bool wait, bool *complete)
 {
     struct shard_manifest m;
     struct shard_writer *w = NULL;
     int rc = OK;
     TRY(make_manifest(d, rows, &m));
-    TRY(shard_writer_open(&w, path, &m));
-    int64_t shards = shard_count(&m), next = shard_writer_next_shard(w), done = shard_first_row(&m, next < shards ? next : shards), at_start = done;
-    if (next >= shards) { printf("%s: all %lld shards are sealed\n", path, (long long)shards); goto out; }
-    if (next > 0) printf("%s: %lld of %lld shards are sealed, going on\n", path, (long long)next, (long long)shards);
-    double start = now_seconds();
-    for (; next < shards; next = shard_writer_next_shard(w)) TRY(dump_shard(d, w, &m, rows, next, path, start, &done, at_start));
-    progress_end();
+    if (range.end < 0) range.end = shard_count(&m);
+    if (range.end) TRY(shard_writer_open_range(&w, path, &m, range.first, range.end));
+    else TRY(shard_writer_open(&w, path, &m));
+    int64_t shards = range.end ? range.end - range.first : shard_count(&m), done = shard_writer_rows_done(w);
+    if (shard_writer_next_shard(w) >= shard_count(&m)) { printf("%s: all %lld shards are %s\n", path, (long long)shards, range.end ? "made" : "sealed"); *complete = true; goto out; }
+    if (done > 0) printf("%s: %lld of %lld rows are sealed, going on\n", path, (long long)done, (long long)m.rows);
+    TRY(dump_shards(d, w, &m, rows, path, wait, complete));
+    if (range.end) printf("%s: shards %lld to %lld are made; when every range is, distill inspect %s --repair enters them in the journal\n", path, (long long)range.first, (long long)(range.end - 1), path);
 out:
-    progress_end();
     shard_writer_close(w);
+    return rc;
+}
+
+/* Held-out rows first, without waiting for the shards of others; those come last. A range is one of the training rows; its first process has the held-out ones. */
+static int dump_datasets(struct dump *d, const char *heldout)
+{
+    struct shard_range range = d->flags.range, all = {0, range.end ? -1 : 0};
+    bool complete, heldout_complete = true;
+    int rc = OK;
+    if (d->heldout && d->heldout->rows && range.first == 0) TRY(dump_dataset(d, d->heldout, heldout, all, false, &heldout_complete));
+    TRY(dump_dataset(d, d->train, d->c->shards_path, range, true, &complete));
+    if (!heldout_complete) TRY(dump_dataset(d, d->heldout, heldout, all, true, &heldout_complete));
+out:
     return rc;
 }
 
@@ -261,7 +315,7 @@ static void print_plan(const struct dump *d)
     memory_print(d->plan, stdout);
 }
 
-static int run(struct dump *d, bool dry_run)
+static int run(struct dump *d)
 {
     const struct config *c = d->c;
     int rc = OK;
@@ -270,14 +324,13 @@ static int run(struct dump *d, bool dry_run)
     TRY(read_kind(d));
     TRY(plan_memory(d));
     print_plan(d);
-    if (dry_run) goto out;
+    if (d->flags.dry_run) goto out;
     TRY(memory_commit(d->plan, (size_t)(c->memory_limit_gib * 0x1p30)));
     model_ready(d->model);
     allocate_host(d);
     tensor_set_hash(d->files->tensors, d->weights_hash);
     TRY(model_files_load(d->files, d->model));
-    if (d->heldout && d->heldout->rows) TRY(dump_dataset(d, d->heldout, heldout));
-    TRY(dump_dataset(d, d->train, c->shards_path));
+    TRY(dump_datasets(d, heldout));
     if (d->positions) {
         printf("done      %lld positions dumped by this run", (long long)d->positions);
         if (d->k) printf(", the top %d keep %.4f of the mass on average", d->k, d->kept_mass / (double)d->positions);
@@ -290,9 +343,15 @@ out:
 
 static int take_flag(void *context, int argc, char **argv, int *i)
 {
-    (void)argc;
-    if (strcmp(argv[*i], "--dry-run")) return 0;
-    *(bool *)context = true;
+    struct dump_flags *f = context;
+    long long first, end;
+    int used = 0;
+    if (!strcmp(argv[*i], "--dry-run")) { f->dry_run = true; return 1; }
+    if (strcmp(argv[*i], "--shards")) return 0;
+    f->bad_range = *i + 1 == argc || sscanf(argv[*i + 1], "%18lld:%18lld%n", &first, &end, &used) != 2 || argv[*i + 1][used] || first < 0 || end <= first;
+    if (f->bad_range) return 1;
+    f->range = (struct shard_range){first, end};
+    ++*i;
     return 1;
 }
 
@@ -300,14 +359,17 @@ int command_teacher_dump(int argc, char **argv)
 {
     struct config *c = NULL;
     struct dump d = {0};
-    bool dry_run = false;
     int help, rc = OK;
-    TRY(command_config(argc, argv, CMD_TEACHER_DUMP, "Runs the teacher once over the corpus and writes its targets into HDF5 shards. Run it again to go on where it stopped.",
-                       "distill teacher-dump configs/quickstart/distill.yaml", take_flag, &dry_run, "  --dry-run   print the plan (bytes per token, memory, FLOPs) and stop\n", &c, &help));
+    TRY(command_config(argc, argv, CMD_TEACHER_DUMP, "Runs the teacher once over the corpus and writes its targets into HDF5 shards. Run it again to go on where it stopped; several at once share the work.",
+                       "distill teacher-dump configs/quickstart/distill.yaml", take_flag, &d.flags,
+                       "  --dry-run      print the plan (bytes per token, memory, FLOPs) and stop\n"
+                       "  --shards A:B   make shards A to B-1 and no others, without relying on locks: for job arrays on file systems whose locks do not reach other\n"
+                       "                 machines. Every process needs a range of its own; afterwards distill inspect DATASET --repair enters the shards in the journal\n", &c, &help));
     if (help) goto out;
+    if (d.flags.bad_range) { rc = fail(ERR_USAGE, "--shards needs a range A:B of shards, B the first that is left out: --shards 0:8"); goto out; }
     d.c = c;
     signals_install();
-    rc = run(&d, dry_run);
+    rc = run(&d);
 out:
     free(d.head_ids); free(d.head_logprob); free(d.full); free(d.lse); free(d.tail); free(d.entropy); free(d.label_logprob); free(d.stage);
     batch_free(d.batch);
