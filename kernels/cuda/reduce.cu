@@ -2,7 +2,7 @@
  * second stage of weight gradients that are sums over rows, and the column sums behind bias gradients. */
 #include "kernels/cuda/common.cuh"
 
-enum { THREADS = 512, SQUARE_BLOCKS = 1024, COLUMN_ROWS = 8, PART_ROWS = 16 };
+enum { THREADS = 512, SQUARE_BLOCKS = 1024, COLUMN_ROWS = 8, PART_ROWS = 32 };
 
 template <typename G, int W>
 __global__ void __launch_bounds__(THREADS) sum_squares_kernel(double *part, const G *__restrict__ g, int64_t vectors, int64_t count)
@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(32 * PART_ROWS) add_partials_kernel(G *dw, con
     int64_t c = (int64_t)blockIdx.x * 32 + threadIdx.x;
     float sum = 0;
     if (c < C) {
-        #pragma unroll 8
+        #pragma unroll 9
         for (int p = threadIdx.y; p < parts; p += PART_ROWS) sum += part[p * C + c];
     }
     shared[threadIdx.y][threadIdx.x] = sum;

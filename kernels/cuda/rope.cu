@@ -1,47 +1,56 @@
 /* Rotary position embedding on the way from fused rows to planes and back (the maths is in cpu/rope.c). A thread takes W pairs of one
- * token through up to HEADS heads, so that the table is read once for all of them; value heads pass unchanged. */
+ * token through up to HEADS heads, all asked for before the first is turned, so that the table is read once for all of them; value heads pass unchanged. */
 #include "kernels/cuda/common.cuh"
 
-enum { THREADS = 256, HEADS = 8 };
+enum { THREADS = 256, HEADS = 4 };
 
 struct rope_shape { int Hq, Hkv, D, chunks; };
 
 /* BACKWARD: planes -> fused, with the transpose of the rotation */
 template <typename T, int W, bool BACKWARD>
-__global__ void __launch_bounds__(THREADS) rope_kernel(T *__restrict__ fused, T *__restrict__ q, T *__restrict__ k, T *__restrict__ v, const float *__restrict__ cos,
+__global__ void __launch_bounds__(THREADS, 4) rope_kernel(T *__restrict__ fused, T *__restrict__ q, T *__restrict__ k, T *__restrict__ v, const float *__restrict__ cos,
                                                        const float *__restrict__ sin, const int32_t *__restrict__ position, int64_t N, rope_shape s)
 {
     int half = s.D / 2, vectors = half / W, heads = s.Hq + 2 * s.Hkv;
     int64_t item = (int64_t)blockIdx.x * THREADS + threadIdx.x;
-    int i = (int)(item % vectors) * W, chunk = (int)(item / vectors % s.chunks);
+    int i = (int)(item % vectors) * W, first = (int)(item / vectors % s.chunks) * HEADS;
     int64_t n = item / vectors / s.chunks;
     if (n >= N) return;
+    T *row = fused + n * heads * s.D + i, *q_row = q + n * s.Hq * s.D + i, *k_row = k + n * s.Hkv * s.D + i, *v_row = v + n * s.Hkv * s.D + i;
+    auto plane = [&](int h) { return h < s.Hq ? q_row + h * s.D : h < s.Hq + s.Hkv ? k_row + (h - s.Hq) * s.D : v_row + (h - s.Hq - s.Hkv) * s.D; };
+    packed<T, W> lower[HEADS], upper[HEADS];
+    #pragma unroll
+    for (int j = 0; j < HEADS; j++) {
+        if (first + j >= heads) break;
+        const T *from = BACKWARD ? plane(first + j) : row + (first + j) * s.D;
+        lower[j] = load_packed<T, W>(from);
+        upper[j] = load_packed<T, W>(from + half);
+    }
+    /* asked for after the heads: its address waits for the position */
     float c[W], sn[W];
     int64_t at = (int64_t)position[n] * half + i;
     load<float, W>(c, cos + at);
     load<float, W>(sn, sin + at);
-    T *row = fused + n * heads * s.D + i, *q_row = q + n * s.Hq * s.D + i, *k_row = k + n * s.Hkv * s.D + i, *v_row = v + n * s.Hkv * s.D + i;
-    int first = chunk * HEADS, last = min(first + HEADS, heads);
-    #pragma unroll 4
-    for (int h = first; h < last; h++) {
-        T *plane = h < s.Hq ? q_row + h * s.D : h < s.Hq + s.Hkv ? k_row + (h - s.Hq) * s.D : v_row + (h - s.Hq - s.Hkv) * s.D;
-        T *from = BACKWARD ? plane : row + h * s.D, *to = BACKWARD ? row + h * s.D : plane;
-        packed<T, W> lower = load_packed<T, W>(from), upper = load_packed<T, W>(from + half);
+    #pragma unroll
+    for (int j = 0; j < HEADS; j++) {
+        int h = first + j;
+        if (h >= heads) break;
         if (h < s.Hq + s.Hkv) {
             float a[W], b[W];
-            unpack<T, W>(a, lower);
-            unpack<T, W>(b, upper);
+            unpack<T, W>(a, lower[j]);
+            unpack<T, W>(b, upper[j]);
             #pragma unroll
-            for (int j = 0; j < W; j++) {
-                float angle = BACKWARD ? -sn[j] : sn[j], turned = a[j] * c[j] - b[j] * angle;
-                b[j] = b[j] * c[j] + a[j] * angle;
-                a[j] = turned;
+            for (int w = 0; w < W; w++) {
+                float angle = BACKWARD ? -sn[w] : sn[w], turned = a[w] * c[w] - b[w] * angle;
+                b[w] = b[w] * c[w] + a[w] * angle;
+                a[w] = turned;
             }
-            lower = pack<T, W>(a);
-            upper = pack<T, W>(b);
+            lower[j] = pack<T, W>(a);
+            upper[j] = pack<T, W>(b);
         }
-        store_packed<T, W>(to, lower);
-        store_packed<T, W>(to + half, upper);
+        T *to = BACKWARD ? row + h * s.D : plane(h);
+        store_packed<T, W>(to, lower[j]);
+        store_packed<T, W>(to + half, upper[j]);
     }
 }
 

@@ -1,23 +1,24 @@
-/* What a dump keeps of a chunk of teacher logits (the maths is in cpu/teacher_targets.c). A block per row, the logits read once.
+/* What a dump keeps of a chunk of teacher logits (the maths is in cpu/teacher_targets.c). A block per row, the logits read once; four blocks on a
+ * multiprocessor, so that one streams while another sorts.
  *
- * 1. A first part of the row is held in registers. The K-th largest of its threads' maxima has at least K logits at or above it, so
+ * 1. A first part of the row is held in registers, two maxima a thread. The K-th largest of these has at least K logits at or above it, so
  *    it is a floor: nothing below it is among the K largest of the row.
  * 2. The row streams through. What reaches the floor is appended to a list in shared memory (some hundred of 152,064); everything
  *    else adds 2^{c (t - floor)} to a running sum per temperature. All exponents are <= 0, so no maximum has to be tracked.
- * 3. The list is sorted by (logit, lower id). Its first K are the head. The tail's mass is the rest's sum plus the list beyond the
- *    head: summed over the complement, never a difference.
- * The exponential unit is what the loop is short of (16 a clock): where the temperatures are powers of two apart, one exponential at the
- * largest T is squared up to the others. A row whose list overflows (long runs of equal logits, sorted rows) or whose rest vanishes
+ * 3. The K-th largest logit of the list parts it; what reaches that is sorted by (logit, lower id), and its first K are the head. The tail's mass
+ *    is the rest's sum plus the list beyond the head: summed over the complement, never a difference.
+ * The loop is short of exponentials (16 a clock) and of instructions: a temperature half of the one before in order takes the square of its exponential, and
+ * the exponent is one fused multiply-add, t c - fl(floor c); what rounding floor c has shifted all terms by is taken back once. A row whose list overflows (long runs of equal logits, sorted rows) or whose rest vanishes
  * beside the floor is done again from memory: radix selection of the K-th (logit, id), then sums relative to the rest's own maximum. */
 #include "kernels/cuda/row_stats.cuh"
 
-enum { THREADS = 512, LIST = 4096, MAX_K = 256, MAX_T = 8, HELD = 8, BATCH = 4 };
+enum { THREADS = 256, BLOCKS = 4, LIST = 4096, SORTED = 512, MAX_K = 256, MAX_T = 8, HELD = 8, BATCH = 4 };
 constexpr float GONE = -1e30f;          /* stands in for a logit that is counted elsewhere: exponentials of it are 0, and 0 * GONE is 0 */
 constexpr float TINY = 1e-30f;          /* below it a sum relative to the floor has lost its digits to underflow */
 
-/* sums[i] belongs to slot i: temperature 1 / inv_T[slot_of[i]]; with a ladder slot l is T_max / 2^l */
+/* A slot per temperature, the largest first; one more for the padding's mass where T = 1 is not listed. Bit i of `squares`: slot i is half of slot i - 1. */
 struct targets_shape {
-    int nT, slots, K, slot_of[MAX_T], unit_slot;            /* unit_slot: the slot of T = 1, for the padding's mass; -1: not wanted */
+    int nT, slots, squares, K, slot_of[MAX_T + 1], unit_slot;
     float inv_T[MAX_T + 1], c[MAX_T + 1];                   /* by slot; c = log2(e) / T */
     bool entropy;
 };
@@ -26,6 +27,8 @@ struct targets_out { int32_t *head_ids; float *head_logprob, *lse, *tail_logmass
 /* The block's shared memory */
 struct targets_shared {
     unsigned long long list[LIST];      /* (ordered logit, ~id): descending order is the ranking */
+    unsigned long long sorted[SORTED];  /* of the list, what the head is taken from */
+    int reach[32], reaching;
     double partial[THREADS / 32][MAX_T + 2], total[MAX_T + 2], lse[MAX_T + 1];
     unsigned histogram[256];
     int count, digit, above;
@@ -35,21 +38,37 @@ __device__ __forceinline__ unsigned long long ranking(float t, int id) { return 
 __device__ __forceinline__ float ranked_logit(unsigned long long e) { return key_value((uint32_t)(e >> 32)); }
 __device__ __forceinline__ int ranked_id(unsigned long long e) { return (int)~(uint32_t)e; }
 
-/* The K-th largest of the block's values, one per thread: a bit at a time, 16 bits where the values are bf16. */
-template <typename T> __device__ __forceinline__ float kth_of_threads(float x, int K)
+/* The K-th largest of the block's values, two per thread: a bit at a time, 16 bits where the values are bf16. */
+template <typename T> __device__ __forceinline__ float kth_of_threads(float x, float y, int K)
 {
     constexpr int bits = 8 * (int)sizeof(T);
-    uint32_t key = ordered_key(x) >> (32 - bits), prefix = 0;
+    uint32_t key = ordered_key(x) >> (32 - bits), other = ordered_key(y) >> (32 - bits), prefix = 0;
     for (int b = bits - 1; b >= 0; b--) {
         uint32_t trial = prefix | 1u << b;
-        if (__syncthreads_count(key >= trial) >= K) prefix = trial;
+        if (__syncthreads_count(key >= trial) + __syncthreads_count(other >= trial) >= K) prefix = trial;
     }
     if (bits == 32) return key_value(prefix);
     return __uint_as_float((prefix & 0x8000u ? prefix & 0x7fffu : ~prefix & 0xffffu) << 16);
 }
 
+/* the largest of a vector, as it lies in memory */
+template <typename T, int W> __device__ __forceinline__ float largest(const packed<T, W> &v)
+{
+    float t[W];
+    if constexpr (sizeof(T) == 2 && W == 8) {
+        const __nv_bfloat162 *p = reinterpret_cast<const __nv_bfloat162 *>(v.word);
+        __nv_bfloat162 m = __hmax2(__hmax2(p[0], p[1]), __hmax2(p[2], p[3]));
+        return fmaxf(__low2float(m), __high2float(m));
+    }
+    unpack<T, W>(t, v);
+    float most = t[0];
+    #pragma unroll
+    for (int i = 1; i < W; i++) most = fmaxf(most, t[i]);
+    return most;
+}
+
 /* Descending bitonic sort of the first n entries, padded with 0 (which ranks after every logit) to a power of two */
-__device__ __forceinline__ void sort_list(unsigned long long *list, int n)
+__device__ __forceinline__ void sort_descending(unsigned long long *list, int n)
 {
     int size = 2;
     while (size < n) size *= 2;
@@ -58,12 +77,45 @@ __device__ __forceinline__ void sort_list(unsigned long long *list, int n)
         for (int j = k / 2; j > 0; j /= 2) {
             __syncthreads();
             for (int i = threadIdx.x; i < size / 2; i += THREADS) {
-                int lo = (i / j) * 2 * j + i % j, hi = lo + j;
+                int lo = (i & -j) * 2 + (i & (j - 1)), hi = lo + j;           /* j is a power of two */
                 unsigned long long a = list[lo], b = list[hi];
                 if ((a < b) == ((lo & k) == 0)) { list[lo] = b; list[hi] = a; }
             }
         }
     __syncthreads();
+}
+
+/* The list's entries in order, as many as reach its K-th largest logit, at least min(K, count): in s.sorted, or, where ties are too many, in s.list. */
+template <typename T> __device__ __forceinline__ const unsigned long long *sort_head(targets_shared &s, int count, int K)
+{
+    constexpr int bits = 8 * (int)sizeof(T);
+    uint32_t kth = 0;                                                          /* its leading bits, as ordered keys */
+    if (count > K) {
+        if (threadIdx.x < 32) s.reach[threadIdx.x] = 0;
+        __syncthreads();
+        for (int b = bits - 1; b >= 0; b--) {
+            uint32_t trial = kth | 1u << b;
+            int mine = 0;
+            for (int i = threadIdx.x; i < count; i += THREADS) mine += (uint32_t)(s.list[i] >> 32) >> (32 - bits) >= trial;
+            mine = __reduce_add_sync(0xffffffffu, mine);
+            if (threadIdx.x % 32 == 0 && mine) atomicAdd(&s.reach[b], mine);
+            __syncthreads();
+            if (s.reach[b] >= K) kth = trial;
+        }
+    }
+    if (threadIdx.x == 0) s.reaching = 0;
+    __syncthreads();
+    for (int i = threadIdx.x; i < count; i += THREADS) {
+        unsigned long long e = s.list[i];
+        if ((uint32_t)(e >> 32) >> (32 - bits) < kth) continue;
+        int at = atomicAdd(&s.reaching, 1);
+        if (at < SORTED) s.sorted[at] = e;
+    }
+    __syncthreads();
+    bool few = s.reaching <= SORTED;
+    unsigned long long *from = few ? s.sorted : s.list;
+    sort_descending(from, few ? s.reaching : count);
+    return from;
 }
 
 /* total[i] = sum over the block of x[i] */
@@ -143,83 +195,89 @@ __device__ __noinline__ void row_again(targets_shared &s, float &floor, const T 
     block_totals(s, sum, SLOTS + 1);
 }
 
-/* LADDER: slot i is the square of slot i-1. */
-template <typename T, int W, int SLOTS, bool LADDER>
-__global__ void __launch_bounds__(THREADS, 2) teacher_targets_kernel(targets_out out, const T *__restrict__ logits, const int32_t *labels, const __grid_constant__ targets_shape shape, int64_t V, int64_t Vv)
+template <typename T, int W, int SLOTS, int SQUARES>
+__global__ void __launch_bounds__(THREADS, BLOCKS) teacher_targets_kernel(targets_out out, const T *__restrict__ logits, const int32_t *labels, const __grid_constant__ targets_shape shape, int64_t V, int Vv)
 {
     extern __shared__ __align__(16) unsigned char memory[];
     targets_shared &s = *reinterpret_cast<targets_shared *>(memory);
     int64_t n = blockIdx.x;
     const T *row = logits + n * V;
-    int K = shape.K > 0 ? shape.K : 1;
-    constexpr int64_t STEP = THREADS * W;
+    int K = shape.K > 0 ? shape.K : 1, vectors = Vv / W, T0_slot = shape.slot_of[0];
 
     /* 1: the first part of the row, and the floor */
     packed<T, W> held[HELD];
-    float most = -CUDART_INF_F;
+    float most[2] = {-CUDART_INF_F, -CUDART_INF_F};
     #pragma unroll
-    for (int h = 0; h < HELD; h++) {
-        int64_t j = h * STEP + (int64_t)threadIdx.x * W;
-        if (j < Vv) held[h] = load_packed<T, W>(row + j);
-    }
+    for (int h = 0; h < HELD; h++) if (h * THREADS + threadIdx.x < vectors) held[h] = load_packed<T, W>(row + (h * THREADS + threadIdx.x) * W);
     #pragma unroll
-    for (int h = 0; h < HELD; h++) {
-        int64_t j = h * STEP + (int64_t)threadIdx.x * W;
-        if (j < Vv) {
-            float t[W];
-            unpack<T, W>(t, held[h]);
-            #pragma unroll
-            for (int i = 0; i < W; i++) if (j + i < Vv) most = fmaxf(most, t[i]);
-        }
-    }
+    for (int h = 0; h < HELD; h++) if (h * THREADS + threadIdx.x < vectors) most[h / (HELD / 2)] = fmaxf(most[h / (HELD / 2)], largest<T, W>(held[h]));
     if (threadIdx.x == 0) s.count = 0;
-    float reached = kth_of_threads<T>(most, K), floor = reached > -CUDART_INF_F ? reached : 0;
+    float reached = kth_of_threads<T>(most[0], most[1], K), floor = reached > -CUDART_INF_F ? reached : 0;
 
     /* 2: the stream */
-    float sum[SLOTS + 1] = {};
-    auto consume = [&](const packed<T, W> &v, int64_t j) {
+    float sum[SLOTS + 1] = {}, shift[SLOTS];
+    #pragma unroll
+    for (int k = 0; k < SLOTS; k++) shift[k] = SQUARES >> k & 1 ? 2 * shift[k - 1] : floor * shape.c[k];
+    auto take = [&](float t, int id) {                      /* what reaches the floor */
+        int at = atomicAdd(&s.count, 1);
+        if (at < LIST) s.list[at] = ranking(t, id);
+    };
+    auto add = [&](float t) {                               /* everything else; NaN too, which reaches nothing */
+        float y[SLOTS], e = 0, y0 = 0, e0 = 0;
+        bool below = !(t >= reached);
+        #pragma unroll
+        for (int k = 0; k < SLOTS; k++) {
+            if (SQUARES >> k & 1) y[k] = y[k - 1] * y[k - 1];
+            else {
+                e = fmaf(t, shape.c[k], -shift[k]);
+                y[k] = exp2_fast(e);
+            }
+            if (below) sum[k] += y[k];
+            if (SLOTS == 1 || k == T0_slot) { y0 = y[k]; e0 = e; }
+        }
+        if (below && shape.entropy) sum[SLOTS] = fmaf(y0, fmaxf(e0, GONE), sum[SLOTS]);
+    };
+    auto consume = [&](const packed<T, W> &v, int j) {
         float t[W];
         unpack<T, W>(t, v);
-        float top = t[0];
-        #pragma unroll
-        for (int i = 1; i < W; i++) top = fmaxf(top, t[i]);
-        if (top >= reached || j + W > Vv) {
+        if (largest<T, W>(v) >= reached) {
             #pragma unroll
-            for (int i = 0; i < W; i++) {
-                if (j + i >= Vv) t[i] = GONE;
-                else if (t[i] >= reached) {
-                    int at = atomicAdd(&s.count, 1);
-                    if (at < LIST) s.list[at] = ranking(t[i], (int)(j + i));
-                    t[i] = GONE;
-                }
-            }
+            for (int i = 0; i < W; i++) if (t[i] >= reached) take(t[i], j + i);
         }
         #pragma unroll
-        for (int i = 0; i < W; i++) {
-            float d = t[i] - floor, y0 = 0, y = 0;
-            #pragma unroll
-            for (int k = 0; k < SLOTS; k++) {
-                y = LADDER && k ? y * y : exp2_fast(d * shape.c[k]);
-                sum[k] += y;
-                if (k == shape.slot_of[0]) y0 = y;
-            }
-            if (shape.entropy) sum[SLOTS] = fmaf(y0, fmaxf(d, GONE), sum[SLOTS]);
-        }
+        for (int i = 0; i < W; i++) add(t[i]);
     };
     #pragma unroll
-    for (int h = 0; h < HELD; h++) {
-        int64_t j = h * STEP + (int64_t)threadIdx.x * W;
-        if (j < Vv) consume(held[h], j);
-    }
-    for (int64_t begin = HELD * STEP + (int64_t)threadIdx.x * W; begin < Vv; begin += BATCH * STEP) {
+    for (int h = 0; h < HELD; h++) if (h * THREADS + threadIdx.x < vectors) consume(held[h], (h * THREADS + (int)threadIdx.x) * W);
+    int at = HELD * THREADS + (int)threadIdx.x;
+    for (; at + (BATCH - 1) * THREADS < vectors; at += BATCH * THREADS) {
         packed<T, W> v[BATCH];
         #pragma unroll
-        for (int b = 0; b < BATCH; b++) if (begin + b * STEP < Vv) v[b] = load_packed<T, W>(row + begin + b * STEP);
+        for (int b = 0; b < BATCH; b++) v[b] = load_packed<T, W>(row + (at + b * THREADS) * W);
         #pragma unroll
-        for (int b = 0; b < BATCH; b++) if (begin + b * STEP < Vv) consume(v[b], begin + b * STEP);
+        for (int b = 0; b < BATCH; b++) consume(v[b], (at + b * THREADS) * W);
+    }
+    for (; at < vectors; at += THREADS) consume(load_packed<T, W>(row + at * W), at * W);
+    if ((int)threadIdx.x < Vv - vectors * W) {
+        int j = vectors * W + (int)threadIdx.x;
+        float t = to_float(row[j]);
+        if (t >= reached) take(t, j);
+        add(t);
     }
     block_totals(s, sum, SLOTS + 1);
     int count = s.count;
+    if (threadIdx.x == 0) {
+        /* from 2^{t c - shift} to 2^{c (t - floor)}, and from exponents to logits; a square's root carries its exponent halved */
+        double root = 0, unit = 1;
+        for (int k = 0; k < SLOTS; k++) {
+            double by = (double)floor * shape.c[k] - shift[k];
+            if (SQUARES >> k & 1) unit *= 2;
+            else { root = by; unit = 1; }
+            if (k == T0_slot) s.total[SLOTS] = unit * (s.total[SLOTS] - root * s.total[k]) / shape.c[k] * exp2(-by);
+        }
+        for (int k = 0; k < SLOTS; k++) s.total[k] *= exp2(shift[k] - (double)floor * shape.c[k]);
+    }
+    __syncthreads();
     bool again = count > LIST;
     if (!again && count == K && Vv > count) for (int i = 0; i < shape.nT; i++) again |= s.total[shape.slot_of[i]] < TINY;
     __syncthreads();
@@ -229,20 +287,27 @@ __global__ void __launch_bounds__(THREADS, 2) teacher_targets_kernel(targets_out
     }
 
     /* 3: the ranking, and what follows from it; NaN in a row leaves fewer entries than K and NaN in its sums */
-    sort_list(s.list, count);
-    float top = count ? ranked_logit(s.list[0]) : floor, second = count > K ? ranked_logit(s.list[K]) : floor;
-    if (second == -CUDART_INF_F) second = floor;                               /* nothing but masked logits beyond the head */
+    const unsigned long long *sorted = sort_head<T>(s, count, K);
+    unsigned long long last = count >= K ? sorted[K - 1] : 0;                 /* of the head: what ranks after it is tail */
+    float top = count ? ranked_logit(sorted[0]) : floor, second = -CUDART_INF_F;
+    for (int k = threadIdx.x; k < count; k += THREADS) if (s.list[k] < last) second = fmaxf(second, ranked_logit(s.list[k]));
+    second = block_max(second);
+    if (second == -CUDART_INF_F) second = floor;                              /* nothing, or nothing but masked logits, beyond the head */
     for (int i = 0; i < shape.slots; i++) {
+        /* the terms in fp32 (2^-22), their sums in double; differences of logits are exact or as good */
         double inv_T = shape.inv_T[i], head = 0, tail = 0, spread = 0;
+        float c = shape.c[i];
         for (int k = threadIdx.x; k < count; k += THREADS) {
-            double x = ((double)ranked_logit(s.list[k]) - top) * inv_T;
-            if (k) head += exp(x);
-            if (k >= K) tail += exp(((double)ranked_logit(s.list[k]) - second) * inv_T);
-            if (i == shape.slot_of[0] && shape.entropy && k && x > -CUDART_INF) spread -= exp(x) * x;
+            unsigned long long entry = s.list[k];
+            float t = ranked_logit(entry), x = t - top, y = exp2_fast(x * c);
+            if (entry < last) tail += exp2_fast((t - second) * c);
+            if (entry == sorted[0]) continue;                                 /* the largest, whose term is 1 */
+            head += y;
+            if (i == T0_slot && shape.entropy && x > -CUDART_INF_F) spread -= (double)y * x;
         }
         head = block_sum(head);
         tail = block_sum(tail);
-        spread = block_sum(spread);
+        if (i == T0_slot && shape.entropy) spread = block_sum(spread) * inv_T;
         double below = ((double)floor - top) * inv_T, rest = s.total[i];
         double others = head + rest * exp(below);                              /* beside the largest, whose term is 1 */
         double lse = top * inv_T + log1p(others);
@@ -255,7 +320,7 @@ __global__ void __launch_bounds__(THREADS, 2) teacher_targets_kernel(targets_out
                 if (out.tail_logmass) out.tail_logmass[n * shape.nT + t] = shape.K ? (float)(second * inv_T + log(mass) - lse) : 0;   /* without a head it is all */
             }
             /* H = log S + sum e^x (-x) / S, x relative to the largest logit: both parts >= 0 */
-            if (out.entropy && i == shape.slot_of[0]) {
+            if (out.entropy && i == T0_slot) {
                 if (rest > 0) spread += exp(below) * (-s.total[SLOTS] * inv_T - rest * below);
                 out.entropy[n] = (float)(log1p(others) + spread / (1 + others));
             }
@@ -265,8 +330,8 @@ __global__ void __launch_bounds__(THREADS, 2) teacher_targets_kernel(targets_out
     double inv_T0 = shape.inv_T[shape.slot_of[0]], lse0 = s.lse[shape.slot_of[0]];
     for (int k = threadIdx.x; k < shape.K; k += THREADS) {
         bool there = k < count;
-        if (out.head_ids) out.head_ids[n * shape.K + k] = there ? ranked_id(s.list[k]) : 0;
-        if (out.head_logprob) out.head_logprob[n * shape.K + k] = there ? (float)(ranked_logit(s.list[k]) * inv_T0 - lse0) : CUDART_NAN_F;
+        if (out.head_ids) out.head_ids[n * shape.K + k] = there ? ranked_id(sorted[k]) : 0;
+        if (out.head_logprob) out.head_logprob[n * shape.K + k] = there ? (float)(ranked_logit(sorted[k]) * inv_T0 - lse0) : CUDART_NAN_F;
     }
     if (out.label_logprob && threadIdx.x == 0) out.label_logprob[n] = labels[n] >= 0 ? (float)(to_float(row[labels[n]]) * inv_T0 - lse0) : 0;
     if (out.padding_mass) {
@@ -291,45 +356,46 @@ __global__ void __launch_bounds__(256) scaled_logits_kernel(uint16_t *full, cons
     for (int64_t n = blockIdx.y; n < R; n += gridDim.y) full[n * Vv + j] = __half_as_ushort(__float2half_rn(to_float(logits[n * V + j]) * inv_T0));
 }
 
-/* Powers of two apart: slot l is T_max / 2^l, at most 4 of them. Else a slot per temperature. */
-static bool shape_slots(targets_shape *s, const float *T, int nT)
+/* Slots in falling order of temperature, `total` of them. */
+static void shape_slots(targets_shape *s, const float *T, int total)
 {
-    float most = T[0];
-    for (int i = 1; i < nT; i++) most = T[i] > most ? T[i] : most;
-    int rungs = 0;
-    bool ladder = true;
-    for (int i = 0; i < nT; i++) {
-        int l = 0;
-        while (l < 4 && most / (float)(1 << l) != T[i]) l++;
-        ladder &= l < 4;
-        s->slot_of[i] = l;
-        rungs = l + 1 > rungs ? l + 1 : rungs;
+    int order[MAX_T + 1];
+    for (int i = 0; i < total; i++) {
+        int at = i;
+        for (; at > 0 && T[order[at - 1]] < T[i]; at--) order[at] = order[at - 1];
+        order[at] = i;
     }
-    s->slots = ladder ? rungs : nT;
-    for (int i = 0; i < s->slots; i++) s->inv_T[i] = 1 / (ladder ? most / (float)(1 << i) : T[i]);
-    if (!ladder) for (int i = 0; i < nT; i++) s->slot_of[i] = i;
-    return ladder;
+    s->slots = total;
+    for (int k = 0; k < total; k++) {
+        s->slot_of[order[k]] = k;
+        s->inv_T[k] = 1 / T[order[k]];
+        s->c[k] = s->inv_T[k] * LOG2E;
+        if (k && T[order[k - 1]] == 2 * T[order[k]]) s->squares |= 1 << k;
+    }
 }
 
-template <typename T, int W, int SLOTS, bool LADDER>
+template <typename T, int W, int SLOTS, int SQUARES>
 static void launch(struct backend *be, const targets_out &o, const act *logits, const int32_t *labels, const targets_shape &shape, int64_t R, int64_t V, int64_t Vv)
 {
-    auto kernel = teacher_targets_kernel<T, W, SLOTS, LADDER>;
+    auto kernel = teacher_targets_kernel<T, W, SLOTS, SQUARES>;
     CUDA_CHECK(cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)sizeof(targets_shared)));
-    kernel<<<(unsigned)R, THREADS, sizeof(targets_shared), cuda_state_of(be)->stream>>>(o, (const T *)logits, labels, shape, V, Vv);
+    kernel<<<(unsigned)R, THREADS, sizeof(targets_shared), cuda_state_of(be)->stream>>>(o, (const T *)logits, labels, shape, V, (int)Vv);
 }
 
+/* Up to three temperatures have kernels of their own. */
 template <typename T, int W>
-static void by_slots(struct backend *be, const targets_out &o, const act *logits, const int32_t *labels, const targets_shape &shape, bool ladder, int64_t R, int64_t V, int64_t Vv)
+static void by_slots(struct backend *be, const targets_out &o, const act *logits, const int32_t *labels, const targets_shape &shape, int64_t R, int64_t V, int64_t Vv)
 {
-    if (ladder && shape.slots == 1) launch<T, W, 1, true>(be, o, logits, labels, shape, R, V, Vv);
-    else if (ladder && shape.slots == 2) launch<T, W, 2, true>(be, o, logits, labels, shape, R, V, Vv);
-    else if (ladder && shape.slots == 3) launch<T, W, 3, true>(be, o, logits, labels, shape, R, V, Vv);
-    else if (ladder) launch<T, W, 4, true>(be, o, logits, labels, shape, R, V, Vv);
-    else if (shape.slots == 2) launch<T, W, 2, false>(be, o, logits, labels, shape, R, V, Vv);
-    else if (shape.slots == 3) launch<T, W, 3, false>(be, o, logits, labels, shape, R, V, Vv);
-    else if (shape.slots == 4) launch<T, W, 4, false>(be, o, logits, labels, shape, R, V, Vv);
-    else launch<T, W, MAX_T + 1, false>(be, o, logits, labels, shape, R, V, Vv);
+    switch (shape.slots <= 3 ? shape.slots * 8 + shape.squares : 0) {
+    case 8:      launch<T, W, 1, 0>(be, o, logits, labels, shape, R, V, Vv); break;
+    case 16:     launch<T, W, 2, 0>(be, o, logits, labels, shape, R, V, Vv); break;
+    case 16 + 2: launch<T, W, 2, 2>(be, o, logits, labels, shape, R, V, Vv); break;
+    case 24:     launch<T, W, 3, 0>(be, o, logits, labels, shape, R, V, Vv); break;
+    case 24 + 2: launch<T, W, 3, 2>(be, o, logits, labels, shape, R, V, Vv); break;
+    case 24 + 4: launch<T, W, 3, 4>(be, o, logits, labels, shape, R, V, Vv); break;
+    case 24 + 6: launch<T, W, 3, 6>(be, o, logits, labels, shape, R, V, Vv); break;
+    default:     launch<T, W, MAX_T + 1, 0>(be, o, logits, labels, shape, R, V, Vv);
+    }
 }
 
 extern "C" void cuda_teacher_targets(struct backend *be, const struct teacher_targets *out, const act *logits, const int32_t *labels, int64_t R, int64_t V, int64_t Vv)
@@ -345,21 +411,17 @@ extern "C" void cuda_teacher_targets(struct backend *be, const struct teacher_ta
         if (T[i] == 1) unit = i;
     }
     if (out->padding_mass && unit < 0) { unit = nT; T[nT] = 1; }      /* the padding's mass is at T = 1, listed or not */
-    /* one more than listed fits: slot_of has MAX_T entries, the extra one is looked up apart */
-    int total = out->padding_mass && unit == nT ? nT + 1 : nT;
-    CUDA_REQUIRE(total <= MAX_T, "teacher_targets: 8 temperatures without T = 1 leave none for the padding's mass");
-    bool ladder = shape_slots(&shape, T, total);
+    shape_slots(&shape, T, out->padding_mass && unit == nT ? nT + 1 : nT);
     shape.nT = nT;
     shape.K = out->K;
     shape.entropy = out->entropy != NULL;
     shape.unit_slot = unit >= 0 ? shape.slot_of[unit] : -1;
-    for (int i = 0; i < shape.slots; i++) shape.c[i] = shape.inv_T[i] * LOG2E;
     for (int i = shape.slots; i <= MAX_T; i++) { shape.inv_T[i] = shape.inv_T[0]; shape.c[i] = shape.c[0]; }
     targets_out o = {out->head_ids, out->head_logprob, out->lse, out->tail_logmass, out->entropy, out->label_logprob, out->padding_mass};
     DISPATCH(be->act_dtype, E,
         constexpr int W = vector_width<E>();
-        if (V % W == 0 && aligned16(logits)) by_slots<E, W>(be, o, logits, labels, shape, ladder, R, V, Vv);
-        else launch<E, 1, MAX_T + 1, false>(be, o, logits, labels, shape, R, V, Vv));
+        if (V % W == 0 && aligned16(logits)) by_slots<E, W>(be, o, logits, labels, shape, R, V, Vv);
+        else launch<E, 1, MAX_T + 1, 0>(be, o, logits, labels, shape, R, V, Vv));
     CUDA_CHECK(cudaGetLastError());
     if (!out->full) return;
     DISPATCH(be->act_dtype, E, scaled_logits_kernel<E><<<dim3((unsigned)div_up(Vv, 256), (unsigned)least(R, 65535)), 256, 0, cuda_state_of(be)->stream>>>(
