@@ -143,7 +143,11 @@ static void *cuda_alloc_host(struct backend *be, size_t bytes)
     return p;
 }
 
-static void cuda_release_host(struct backend *be, void *p) { (void)be; CUDA_CHECK(cudaFreeHost(p)); }
+static void cuda_release_host(struct backend *be, void *p)
+{
+    CUDA_CHECK(cudaStreamSynchronize(cuda_state_of(be)->copies));       /* a block that was asked for ahead may still be on its way */
+    CUDA_CHECK(cudaFreeHost(p));
+}
 
 static void cuda_download_async(struct backend *be, void *to, const void *from, size_t bytes)
 {
