@@ -145,5 +145,7 @@ int journal_append(struct journal *j, int fd, const struct shard_entry *e)
     j->offset += (int64_t)bytes;
     TRY(FAILPOINT("journal.after"));
 out:
+    /* A line that may not be on the disk must not be followed by another: cut it off; if that fails too, the next writer does. */
+    if (rc != OK && !journal_find(j, e->shard) && ftruncate(fd, j->offset)) warn("%s: its unfinished last line cannot be cut off now", j->path);
     return rc;
 }

@@ -56,17 +56,26 @@ struct shard_row {
 /* ---- writing ---- */
 struct shard_writer;
 /* Opens or creates the dataset. An existing manifest that differs is ERR_MISMATCH naming the first key and both values. Leftover temporary files
- * of dead writers are removed, files without a journal line are adopted after full verification or quarantined. Takes an
- * exclusive lock that dies with the process (a second writer is ERR_IO with its pid). Probes that the directory can be written and renamed in.
+ * of dead writers are removed, files without a journal line are adopted after full verification or quarantined. Any number of writers may have
+ * one dataset open; each shard is made by one of them, under a lock that dies with its process. Probes that the directory can be written and renamed in.
  * A journalled shard whose file is absent or of another size is ERR_INPUT. A quarantined file is reported with warn(). */
 int  shard_writer_open(struct shard_writer **out, const char *dir, const struct shard_manifest *m);
+/* For file systems whose locks cannot be relied on: makes the shards first .. end - 1, which are no other process's, and touches nothing that is
+ * shared. Its shards have no journal line until a writer of the first kind, or a repair, has verified and adopted them. */
+int  shard_writer_open_range(struct shard_writer **out, const char *dir, const struct shard_manifest *m, int64_t first, int64_t end);
 void shard_writer_close(struct shard_writer *w);                   /* drops the shard in progress; NULL-safe */
-int64_t shard_writer_next_shard(const struct shard_writer *w);     /* first gap; number of shards when complete */
+int64_t shard_writer_next_shard(const struct shard_writer *w);     /* first gap (of the range); shard_count() when there is none */
+int64_t shard_writer_rows_done(const struct shard_writer *w);      /* rows of the shards (of the range) that are made, by whomever, as far as this writer knows */
+/* Takes the first shard that is neither made nor being made by another writer, to be begun next. *shard = SHARD_NONE: every one is made;
+ * SHARD_BUSY: others are making the rest, *busy of them, the first is claim_owner's: wait and call again, for a writer may die. A writer may claim up to
+ * four ahead of sealing them; those count as made here. */
+enum { SHARD_NONE = -1, SHARD_BUSY = -2 };
+int  shard_writer_claim(struct shard_writer *w, int64_t *shard, int64_t *busy, const char **owner);
 int64_t shard_count(const struct shard_manifest *m);
 int64_t shard_first_row(const struct shard_manifest *m, int64_t shard);
 int64_t shard_rows(const struct shard_manifest *m, int64_t shard); /* the last one may be shorter */
 size_t  shard_bytes(const struct shard_manifest *m, int64_t shard);/* memory and (nearly) file size */
-/* Starts shard `n`, not sealed yet; then exactly shard_rows() calls of put, in row order, then seal. put copies, and checks the row as a reader
+/* Starts shard `n`, not sealed yet, claiming it unless shard_writer_claim did (ERR_IO: another process has it); then exactly shard_rows() calls of put, in row order, then seal. put copies, and checks the row as a reader
  * will: NaN, Inf, mass that is not 1, ids out of range are ERR_NUMERIC. A failed seal leaves no file; the writer then has to be opened again. */
 int shard_writer_begin(struct shard_writer *w, int64_t shard);
 int shard_writer_put(struct shard_writer *w, const struct shard_row *row);

@@ -60,6 +60,25 @@ static inline const struct shard_entry *journal_find(const struct journal *j, in
     return j->entry_of[shard] ? &j->entries[j->entry_of[shard] - 1] : NULL;
 }
 
+/* path.quarantine, path.quarantine-2, ...: the first that is free. malloc'd */
+char *quarantine_name(const char *path);
+
+/* ---- shard_claim.c: who writes which shard ---- */
+
+enum claims_mode { CLAIMS_SHARED,     /* a writer among others */
+                   CLAIMS_OPTIONAL,   /* a writer of a range of its own: works where the file system has no locks */
+                   CLAIMS_ALONE };    /* nobody else may have the dataset open for writing */
+struct shard_claims { char *path; int fd; bool locks; };
+/* Opens dir/.lock; the locks go with the descriptor. ERR_IO names the process that is in the way. */
+int  claims_open(struct shard_claims *c, const char *dir, enum claims_mode mode);
+void claims_close(struct shard_claims *c);
+/* Between the two nobody else changes manifest or journal. Never held while a shard is computed or read. */
+int  claims_enter(struct shard_claims *c);
+void claims_leave(struct shard_claims *c);
+int  claim_take(struct shard_claims *c, int64_t shard, bool *taken);   /* does not wait: *taken false when another has it */
+void claim_drop(struct shard_claims *c, int64_t shard);
+const char *claim_owner(const struct shard_claims *c, int64_t shard);  /* for messages; valid until the next call of this thread */
+
 /* ---- shard.c: one shard file ---- */
 
 struct shard_file {

@@ -4,13 +4,12 @@
  * the data are written at their offsets with plain writes (whose errors are exact, where HDF5's are not), the file is read back
  * and compared, synced, renamed, its directory synced, and its line appended to the journal. A file that has its name
  * but no line yet (the process died in between) is verified and adopted at the next start, or set aside.
- * The writer's lock is a flock on `.lock`, which the kernel releases with the process. Format: FORMAT.md.
+ * Several processes may write one dataset: shard_claim.c says who has which shard. Format: FORMAT.md.
  */
 #include <errno.h>
 #include <fcntl.h>
 #include <hdf5.h>
 #include <string.h>
-#include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -18,12 +17,18 @@
 #include "base/file.h"
 #include "data/shard_internal.h"
 
+enum { MAX_CLAIMS = 4 };
+
 struct shard_writer {
     char *dir, *shards, id[SHA256_HEX];
     struct shard_manifest manifest;
     struct shard_layout layout[SHARD_FIELDS];
     struct journal journal;
-    int lock_fd, journal_fd;
+    struct shard_claims claims;
+    int journal_fd;                   /* -1: a writer of a range, which leaves the journal alone */
+    int64_t first, end;               /* shards that are its business */
+    bool ranged, *made;               /* ranged: [end - first] shards of the range that have their name */
+    int64_t claimed[MAX_CLAIMS];      /* ahead of their sealing; -1: none */
     int64_t shard, put, targets;      /* shard in progress (-1: none), rows it has, supervised positions */
     uint8_t *field[SHARD_FIELDS];     /* its data, as large as the largest shard */
     bool failed;                      /* a seal failed: what is on disk is for the next start to judge */
@@ -31,32 +36,7 @@ struct shard_writer {
 
 /* ---- opening ---- */
 
-static int lock_take(struct shard_writer *w)
-{
-    int rc = OK;
-    char *path = path_join(w->dir, ".lock"), pid[32] = "";
-    w->lock_fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
-    if (w->lock_fd < 0) { rc = fail_errno(ERR_IO, "%s: cannot open; the dataset's directory must be writable", path); goto out; }
-    if (flock(w->lock_fd, LOCK_EX | LOCK_NB)) {
-        int error = errno;
-        ssize_t n = pread(w->lock_fd, pid, sizeof pid - 1, 0);
-        close(w->lock_fd);            /* not ours: leave its content alone */
-        w->lock_fd = -1;
-        pid[n > 0 ? strcspn(pid, "\n") : 0] = 0;
-        errno = error;
-        if (error == EWOULDBLOCK) rc = fail(ERR_IO, "%s: another process (pid %s) is writing this dataset; wait for it or stop it", w->dir, *pid ? pid : "unknown");
-        else rc = fail_errno(ERR_IO, "%s: cannot lock", path);
-        goto out;
-    }
-    snprintf(pid, sizeof pid, "%lld\n", (long long)getpid());
-    if (ftruncate(w->lock_fd, 0)) { rc = fail_errno(ERR_IO, "%s: cannot write", path); goto out; }
-    TRY(file_write_all(w->lock_fd, pid, strlen(pid), path));
-out:
-    free(path);
-    return rc;
-}
-
-/* With the lock held, whoever made a temporary file is dead. */
+/* Files whose name begins with `prefix` and whose maker is dead: the lock that guards them is held here. */
 static int leftovers_remove(const char *dir, const char *prefix)
 {
     int rc = OK, n = 0;
@@ -65,7 +45,7 @@ static int leftovers_remove(const char *dir, const char *prefix)
     for (int i = 0; i < n; i++) {
         if (strncmp(names[i], prefix, strlen(prefix))) continue;
         char *path = path_join(dir, names[i]);
-        if (unlink(path)) rc = fail_errno(ERR_IO, "%s: cannot remove this leftover of a dead writer", path);
+        if (unlink(path) && errno != ENOENT) rc = fail_errno(ERR_IO, "%s: cannot remove this leftover of a dead writer", path);
         free(path);
         if (rc != OK) break;
     }
@@ -107,29 +87,46 @@ out:
     return rc;
 }
 
+/* With the shared lock held: what others appended, and an unfinished line, whose writer is dead, cut off. */
+static int journal_catch_up(struct shard_writer *w)
+{
+    int rc = OK;
+    TRY(journal_refresh(&w->journal, &w->manifest));
+    if (w->ranged || !w->journal.torn) goto out;
+    if (ftruncate(w->journal_fd, w->journal.offset)) { rc = fail_errno(ERR_IO, "%s: cannot cut off its torn last line", w->journal.path); goto out; }
+    w->journal.torn = 0;
+out:
+    return rc;
+}
+
 static int journal_settle(struct shard_writer *w)
 {
     int rc = OK;
     journal_init(&w->journal, w->dir, &w->manifest, w->id);
+    if (w->ranged) { rc = journal_catch_up(w); goto out; }
     w->journal_fd = open(w->journal.path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
     if (w->journal_fd < 0) { rc = fail_errno(ERR_IO, "%s: cannot open for appending", w->journal.path); goto out; }
-    TRY(journal_refresh(&w->journal, &w->manifest));
-    if (w->journal.torn && ftruncate(w->journal_fd, w->journal.offset)) { rc = fail_errno(ERR_IO, "%s: cannot cut off its torn last line", w->journal.path); goto out; }
-    w->journal.torn = 0;
+    TRY(journal_catch_up(w));
     if (fsync(w->journal_fd)) { rc = fail_errno(ERR_IO, "%s: cannot sync to disk", w->journal.path); goto out; }   /* a killed writer's last line too */
     TRY(file_sync_dir(w->dir));
 out:
     return rc;
 }
 
-static int quarantine(const char *path)
+char *quarantine_name(const char *path)
 {
-    int rc = OK;
     char *aside = xasprintf("%s.quarantine", path);
     for (int i = 2; path_exists(aside); i++) {
         free(aside);
         aside = xasprintf("%s.quarantine-%d", path, i);
     }
+    return aside;
+}
+
+static int quarantine(const char *path)
+{
+    int rc = OK;
+    char *aside = quarantine_name(path);
     if (rename(path, aside)) rc = fail_errno(ERR_IO, "%s: cannot rename to %s", path, aside);
     else warn("%s; set aside as %s", fail_message(), aside);
     free(aside);
@@ -145,7 +142,11 @@ static int sync_and_journal(struct shard_writer *w, const char *path, int64_t sh
     if (path) TRY(file_sync_path(path));
     if (FAILPOINT_FIRES("shard.dir_sync")) { rc = fail_errno(ERR_IO, "%s: cannot sync to disk", w->shards); goto out; }
     TRY(file_sync_dir(w->shards));
-    TRY(journal_append(&w->journal, w->journal_fd, &e));
+    if (w->ranged) { w->made[shard - w->first] = true; goto out; }
+    TRY(claims_enter(&w->claims));
+    rc = journal_catch_up(w);
+    if (rc == OK) rc = journal_append(&w->journal, w->journal_fd, &e);
+    claims_leave(&w->claims);
 out:
     return rc;
 }
@@ -172,61 +173,134 @@ out:
     return rc;
 }
 
-static int shards_settle(struct shard_writer *w)
+static int listed_check(struct shard_writer *w)
 {
-    int rc = OK, n = 0;
-    char **names = NULL;
-    for (int64_t i = 0; i < w->journal.n; i++) {
+    int rc = OK;
+    for (int64_t i = 0; rc == OK && i < w->journal.n; i++) {
         const struct shard_entry *e = &w->journal.entries[i];
         char *path = shard_path(w->dir, e->shard);
         int64_t size = path_size(path);
         if (size < 0) rc = fail(ERR_INPUT, "%s: the journal lists this shard, but the file is missing; " SHARD_REMEDY, path);
         else if (size != e->bytes) rc = fail(ERR_INPUT, "%s: is %lld bytes, the journal says %lld; " SHARD_REMEDY, path, (long long)size, (long long)e->bytes);
         free(path);
-        if (rc != OK) goto out;
     }
+    return rc;
+}
+
+static bool is_made(const struct shard_writer *w, int64_t shard)
+{
+    return journal_find(&w->journal, shard) || (w->ranged && w->made[shard - w->first]);
+}
+
+/* With the shard claimed: its maker, if there was one, is dead. Its temporary files go, a file that has the name already is judged. */
+static int shard_settle(struct shard_writer *w, int64_t shard)
+{
+    int rc = OK;
+    char *path = shard_path(w->dir, shard), *prefix = xasprintf(".tmp-shard-%06lld.h5-", (long long)shard);
+    TRY(leftovers_remove(w->shards, prefix));
+    TRY(claims_enter(&w->claims));
+    rc = journal_catch_up(w);                     /* it may have been sealed since we looked */
+    claims_leave(&w->claims);
+    if (rc == OK && !is_made(w, shard) && path_exists(path)) rc = shard_adopt(w, shard);
+out:
+    free(path);
+    free(prefix);
+    return rc;
+}
+
+/* Beyond the last shard: nobody makes such a file, and nobody can be making it. */
+static int beyond_settle(struct shard_writer *w, const char *name, int64_t shard)
+{
+    char *path = path_join(w->shards, name);
+    int rc = claims_enter(&w->claims);
+    if (rc == OK) {
+        if (!path_exists(path)) rc = OK;
+        else if (*name == '.') rc = leftovers_remove(w->shards, name);
+        else rc = shard_adopt(w, shard);
+        claims_leave(&w->claims);
+    }
+    free(path);
+    return rc;
+}
+
+/* Every shard file without a line, and every temporary one, whose maker is dead. */
+static int shards_settle(struct shard_writer *w)
+{
+    int rc = OK, n = 0;
+    char **names = NULL;
     TRY(dir_list(w->shards, &names, &n));
-    for (int i = 0; i < n; i++) {
+    for (int i = 0; i < n && rc == OK; i++) {
         long long shard;
         char again[64];
-        if (sscanf(names[i], "shard-%18lld.h5", &shard) != 1 || shard < 0) continue;
+        bool taken, temporary = sscanf(names[i], ".tmp-shard-%18lld.h5-", &shard) == 1;
+        if (!temporary && sscanf(names[i], "shard-%18lld.h5", &shard) != 1) continue;
         snprintf(again, sizeof again, "shard-%06lld.h5", shard);
-        if (strcmp(names[i], again)) continue;                       /* quarantined, or not ours */
-        if (shard < shard_count(&w->manifest) && journal_find(&w->journal, shard)) continue;
-        TRY(shard_adopt(w, shard));
+        if (shard < 0 || (!temporary && strcmp(names[i], again))) continue;   /* quarantined, or not ours */
+        if (shard >= shard_count(&w->manifest)) {
+            if (!w->ranged) rc = beyond_settle(w, names[i], shard);
+            continue;
+        }
+        if (shard < w->first || shard >= w->end || (!temporary && is_made(w, shard))) continue;
+        TRY(claim_take(&w->claims, shard, &taken));
+        if (!taken) continue;
+        rc = shard_settle(w, shard);
+        claim_drop(&w->claims, shard);
     }
 out:
     names_free(names, n);
     return rc;
 }
 
-int shard_writer_open(struct shard_writer **out, const char *dir, const struct shard_manifest *m)
+static int writer_open(struct shard_writer **out, const char *dir, const struct shard_manifest *m, bool ranged, int64_t first, int64_t end)
 {
     int rc = OK;
+    bool entered = false;
     char *parent = path_join(dir, "..");
     struct shard_writer *w = xcalloc(1, sizeof *w);
-    w->lock_fd = w->journal_fd = -1;
+    w->claims.fd = w->journal_fd = -1;
     w->shard = -1;
+    for (int i = 0; i < MAX_CLAIMS; i++) w->claimed[i] = -1;
     w->dir = xstrdup(dir);
     w->shards = path_join(dir, "shards");
     TRY(manifest_check(m, dir, ERR_USAGE));
+    w->ranged = ranged;
+    w->first = ranged ? first : 0;
+    w->end = ranged ? end : shard_count(m);
+    if (w->first < 0 || w->first >= w->end || w->end > shard_count(m)) {
+        rc = fail(ERR_USAGE, "%s: has the shards 0 to %lld; %lld:%lld is no range of them (the second is the first that is left out)", dir, (long long)(shard_count(m) - 1), (long long)first, (long long)end);
+        goto out;
+    }
+    if (ranged) w->made = xcalloc((size_t)(end - first), sizeof *w->made);
     TRY(dir_make(dir));
-    TRY(lock_take(w));
-    TRY(leftovers_remove(dir, "manifest.json.tmp-"));
+    TRY(claims_open(&w->claims, dir, ranged ? CLAIMS_OPTIONAL : CLAIMS_SHARED));
+    TRY(claims_enter(&w->claims));
+    entered = true;
+    if (!ranged) TRY(leftovers_remove(dir, "manifest.json.tmp-"));
     TRY(manifest_settle(w, m));
     TRY(dir_make(w->shards));
-    TRY(leftovers_remove(w->shards, ".tmp-"));
+    if (!ranged) TRY(leftovers_remove(w->shards, ".tmp-probe-"));
     TRY(directory_probe(w->shards));
     TRY(journal_settle(w));
     TRY(file_sync_dir(parent));
+    TRY(listed_check(w));
+    claims_leave(&w->claims);
+    entered = false;
     TRY(shards_settle(w));
     shard_layout(&w->manifest, w->layout);
     *out = w;
     w = NULL;
 out:
+    if (entered) claims_leave(&w->claims);
     free(parent);
     shard_writer_close(w);
     return rc;
+}
+
+int shard_writer_open(struct shard_writer **out, const char *dir, const struct shard_manifest *m) { return writer_open(out, dir, m, false, 0, 0); }
+
+int shard_writer_open_range(struct shard_writer **out, const char *dir, const struct shard_manifest *m, int64_t first, int64_t end)
+{
+    return writer_open(out, dir, m, true, first, end);
 }
 
 void shard_writer_close(struct shard_writer *w)
@@ -235,10 +309,8 @@ void shard_writer_close(struct shard_writer *w)
     for (int f = 0; f < SHARD_FIELDS; f++) free(w->field[f]);
     if (w->journal_fd >= 0) close(w->journal_fd);
     if (w->journal.path) journal_free(&w->journal);
-    if (w->lock_fd >= 0) {
-        if (ftruncate(w->lock_fd, 0)) warn("%s/.lock: cannot be emptied", w->dir);   /* the pid is for people; the lock goes with the descriptor */
-        close(w->lock_fd);
-    }
+    claims_close(&w->claims);
+    free(w->made);
     free(w->shards);
     free(w->dir);
     free(w);
@@ -246,9 +318,60 @@ void shard_writer_close(struct shard_writer *w)
 
 int64_t shard_writer_next_shard(const struct shard_writer *w)
 {
-    int64_t n = 0;
-    while (n < shard_count(&w->manifest) && journal_find(&w->journal, n)) n++;
-    return n;
+    int64_t n = w->first;
+    while (n < w->end && is_made(w, n)) n++;
+    return n < w->end ? n : shard_count(&w->manifest);
+}
+
+int64_t shard_writer_rows_done(const struct shard_writer *w)
+{
+    int64_t rows = 0;
+    for (int64_t n = w->first; n < w->end; n++)
+        if (is_made(w, n)) rows += shard_rows(&w->manifest, n);
+    return rows;
+}
+
+/* Where `shard` stands among the claims, -1: not there. Of shard -1: a free place. */
+static int claim_place(const struct shard_writer *w, int64_t shard)
+{
+    for (int i = 0; i < MAX_CLAIMS; i++) if (w->claimed[i] == shard) return i;
+    return -1;
+}
+
+int shard_writer_claim(struct shard_writer *w, int64_t *shard, int64_t *busy, const char **owner)
+{
+    int rc = OK;
+    bool taken = false;
+    int place = claim_place(w, -1);
+    CHECK(place >= 0, "%d shards are claimed already", MAX_CLAIMS);
+    TRY(claims_enter(&w->claims));
+    rc = journal_catch_up(w);
+    claims_leave(&w->claims);
+    *shard = SHARD_NONE;
+    *busy = 0;
+    for (int64_t n = w->first; rc == OK && n < w->end; n++) {
+        if (is_made(w, n) || claim_place(w, n) >= 0) continue;
+        TRY(claim_take(&w->claims, n, &taken));
+        if (!taken) {
+            if (!(*busy)++) *owner = claim_owner(&w->claims, n);
+            continue;
+        }
+        rc = shard_settle(w, n);
+        if (rc != OK || is_made(w, n)) { claim_drop(&w->claims, n); continue; }
+        *shard = w->claimed[place] = n;
+        goto out;
+    }
+    if (*busy) *shard = SHARD_BUSY;
+out:
+    return rc;
+}
+
+static void claim_end(struct shard_writer *w, int64_t shard)
+{
+    int place = claim_place(w, shard);
+    if (place < 0) return;
+    claim_drop(&w->claims, shard);
+    w->claimed[place] = -1;
 }
 
 /* ---- collecting ---- */
@@ -256,7 +379,17 @@ int64_t shard_writer_next_shard(const struct shard_writer *w)
 int shard_writer_begin(struct shard_writer *w, int64_t shard)
 {
     if (w->failed) return fail(ERR_IO, "%s: a shard could not be sealed before; start again so that the directory is checked", w->dir);
-    CHECK(shard >= 0 && shard < shard_count(&w->manifest) && !journal_find(&w->journal, shard), "shard %lld cannot be begun", (long long)shard);
+    CHECK(shard >= w->first && shard < w->end && !is_made(w, shard), "shard %lld cannot be begun", (long long)shard);
+    if (w->shard >= 0 && w->shard != shard) claim_end(w, w->shard);      /* given up unsealed */
+    if (claim_place(w, shard) < 0) {
+        bool taken;
+        int place = claim_place(w, -1);
+        CHECK(place >= 0, "%d shards are claimed already", MAX_CLAIMS);
+        int rc = claim_take(&w->claims, shard, &taken);
+        if (rc != OK) return rc;
+        if (!taken) return fail(ERR_IO, "%s: another process is writing shard %lld (%s); wait for it or stop it", w->dir, (long long)shard, claim_owner(&w->claims, shard));
+        w->claimed[place] = shard;
+    }
     for (int f = 0; f < SHARD_FIELDS; f++) {
         size_t bytes = (size_t)(w->manifest.rows_per_shard * w->layout[f].row_bytes);
         if (!bytes || w->field[f]) continue;
@@ -516,6 +649,7 @@ out:
         fail_in(rc, "shard %lld of %s (%zu bytes) is not sealed", (long long)w->shard, w->dir, shard_bytes(&w->manifest, w->shard));
         w->failed = true;
     }
+    claim_end(w, w->shard);
     w->shard = -1;
     free(path);
     free(tmp);

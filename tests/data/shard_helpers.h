@@ -13,13 +13,13 @@
 #include "tests/data/shard_fixture.h"
 
 static char *base;            /* this test's directory */
-static void *kept_things[256];
+static void *kept_things[4096];
 static int n_kept;
 
 /* Freed with the test. */
 static inline void *kept(void *thing)
 {
-    CHECK(n_kept < 256, "too many kept things");
+    CHECK(n_kept < 4096, "too many kept things");
     return kept_things[n_kept++] = thing;
 }
 

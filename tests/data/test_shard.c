@@ -109,34 +109,6 @@ Test(shard, h5py_reads_everything)
 
 /* ---- locks, manifests ---- */
 
-Test(shard, one_writer)
-{
-    struct shard_manifest m = small();
-    struct shard_writer *w, *second;
-    char *dir = kept_path(base, "d"), pid[32];
-    int ready[2];
-    OK_OR_DIE(shard_writer_open(&w, dir, &m));
-    snprintf(pid, sizeof pid, "(pid %d)", (int)getpid());
-    FAILS(shard_writer_open(&second, dir, &m), ERR_IO, pid);
-    cr_assert_eq(dump_under(dir, &m, ""), ERR_IO);
-    shard_writer_close(w);
-    cr_assert_eq(pipe(ready), 0);
-    fflush(NULL);
-    pid_t child = fork();
-    if (child == 0) {
-        char c = (char)shard_writer_open(&w, dir, &m);
-        if (write(ready[1], &c, 1) == 1) pause();
-        _exit(0);
-    }
-    char c = 99;
-    cr_assert(read(ready[0], &c, 1) == 1 && c == OK);
-    FAILS(shard_writer_open(&second, dir, &m), ERR_IO, "another process");
-    kill(child, SIGKILL);
-    waitpid(child, NULL, 0);
-    OK_OR_DIE(shard_writer_open(&second, dir, &m));               /* the lock died with its owner */
-    shard_writer_close(second);
-}
-
 Test(shard, another_manifest)
 {
     struct shard_manifest m = small(), other;
