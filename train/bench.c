@@ -371,7 +371,6 @@ void bench_report(const struct bench *b, const struct pass *p, double tokens, do
     printf("        %.1f %% of the composed limit of %.0f tok/s\n", 100 * rate * limit, 1 / limit);
     if (b->config->n_layers < b->all_layers) {
         whole.n_layers = b->all_layers;
-        whole.layer_slides = NULL;
         double all = (p->train ? 3 : 1) * model_config_forward_flops(&whole, b->c->corpus_row_length);
         printf("        %d of %d layers were measured: scaled by model FLOP per token (%s for all), the whole model runs at %.0f tok/s\n", b->config->n_layers, b->all_layers,
                bench_quantity(all, "FLOP"), rate * flop / all);
@@ -458,6 +457,7 @@ int command_bench(int argc, char **argv)
     struct arguments a = {0};
     int help, rc = OK;
     take_arguments(&a, argc, argv);
+    if (!a.part && argc > 2 && argv[1][0] != '-' && argv[2][0] != '-') { rc = fail(ERR_USAGE, "there is no part %s; known: train, teacher, kernels, io", argv[1]); goto out; }
     TRY(command_config(a.n, a.own, CMD_BENCH,
                        "Measures this machine at the shapes of a configuration (student.config or student.path, teacher.path: a config.json is enough) with random weights made on the device.\n\n"
                        "  distill bench train CONFIG          optimizer steps: tokens per second, MFU, memory by row, time by phase, share of the limit\n"
