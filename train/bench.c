@@ -111,6 +111,14 @@ void bench_memory_end(const struct bench *b, const struct memory_plan *p)
 
 /* ---- data ---- */
 
+void bench_normals(struct backend *be, void *to, size_t bytes, float mean, float std, uint64_t seed)
+{
+    enum { DIFFERENT = 1 << 20 };
+    size_t width = dtype_width(be->act_dtype), done = DIFFERENT * width < bytes ? DIFFERENT * width : bytes;
+    be->ops->random_normal(be, to, (int64_t)(done / width), mean, std, seed, 0);
+    for (; done < bytes; done *= 2) be->ops->copy(be, (char *)to + done, to, bytes - done < done ? bytes - done : done);
+}
+
 struct batch *bench_batch(int64_t rows, int64_t length, int64_t V, int k, uint64_t stream)
 {
     struct shard_manifest m = {.kind = SHARD_TOPK, .k = k, .valid_vocab = (int32_t)V, .row_length = length, .rows = rows, .n_temperatures = 1, .temperatures = {1}};
@@ -236,10 +244,10 @@ int bench_rates(struct bench *b, int64_t positions)
     memory_add_scratch(plan, op->scratch_bytes(be, &limits));
     TRY(memory_commit(plan, 0));
 
-    op->random_normal(be, r.a, n2, 0, 1, 5, 0);
-    op->random_normal(be, r.b, n2, 0, 0.02f, 6, 0);
-    op->random_normal(be, r.from, (int64_t)(r.bytes / width), 0, 1, 7, 0);
-    for (int i = 0; i < 8; i++) op->random_normal(be, *planes[i], (int64_t)((i < 4 ? q : kv) / width), 0, i == 3 ? 0.01f : 1, 8, (int64_t)i << 40);
+    bench_normals(be, r.a, (size_t)n2 * width, 0, 1, 5);
+    bench_normals(be, r.b, (size_t)n2 * width, 0, 0.02f, 6);
+    bench_normals(be, r.from, r.bytes, 0, 1, 7);
+    for (int i = 0; i < 8; i++) bench_normals(be, *planes[i], i < 4 ? q : kv, 0, i == 3 ? 0.01f : 1, 8 + (uint64_t)i);
     int32_t *begin = xmalloc((size_t)(N / S + 1) * sizeof *begin);
     for (int64_t d = 0; d <= N / S; d++) begin[d] = (int32_t)(d * S);
     op->upload(be, r.doc_begin, begin, (size_t)(N / S + 1) * sizeof *begin);

@@ -59,6 +59,8 @@ int64_t bench_teacher_positions(const struct bench *b);
 bool bench_on_cpu(const struct bench *b);
 bool bench_wanted(const char *name, int n_words, char **words);  /* no words, or one that `name` contains */
 
+/* Normals of the device's type in `bytes` of its memory; a million different ones, which come round again: making them is slow on a CPU. */
+void bench_normals(struct backend *be, void *to, size_t bytes, float mean, float std, uint64_t seed);
 /* Rows of one document each, random tokens below V; with k > 0 a teacher's head of k distinct ids and its tail. `stream`: another batch. */
 struct batch *bench_batch(int64_t rows, int64_t length, int64_t V, int k, uint64_t stream);
 /* A fresh directory under run.dir, and its end; run.dir goes too where it was not there before. */

@@ -70,7 +70,7 @@ static void normals_at(struct kernels *k, int i, double bytes, float mean, float
 {
     size_t stride = ((size_t)bytes + 255) / 256 * 256;
     k->p[i] = (struct buffer){room(k, stride * (size_t)k->turns), stride};
-    if (k->p[i].base) k->op->random_normal(k->b.be, (act *)k->p[i].base, (int64_t)(stride * (size_t)k->turns / (size_t)k->e), mean, std, 17, (int64_t)i << 40);
+    if (k->p[i].base) bench_normals(k->b.be, k->p[i].base, stride * (size_t)k->turns, mean, std, 17 + (uint64_t)i);
 }
 static void normals(struct kernels *k, int i, double elements, float std) { normals_at(k, i, elements * k->e, 0, std); }
 static void output(struct kernels *k, int i, double bytes) { normals_at(k, i, bytes, 0, 1); }
