@@ -5,7 +5,8 @@
 #   scripts/gpu.sh [BUILD_DIR [LIBRARY_DIR]]     BUILD_DIR     default build-gpu; configured and built here unless it holds a program already
 #                                                LIBRARY_DIR   libraries the build needs and this machine lacks
 #   SANITIZE=1    also compute-sanitizer memcheck and racecheck over the op tests
-#   BENCH=1       also the kernel benchmark: one JSON line per figure, in BUILD_DIR/bench_kernels.jsonl
+#   BENCH=1       also distill bench at every shape of configs/bench/h200-*; or a list of PART:CONFIG, as BENCH="train:h200-7b kernels:h200-7b". What it prints goes to
+#                 BUILD_DIR/bench-PART-CONFIG.txt, its figures, one JSON line each, to BUILD_DIR/bench.jsonl
 #   GOLDEN="A B"  folders with golden cases; default tests/golden and ../shared/golden
 set -u
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -55,10 +56,17 @@ for folder in $golden; do
         for precision in fp32 bf16; do run "check ${case##*/} $precision" "$program" check "$case" --device cuda --precision "$precision"; done
     done
 done
-if [ "${BENCH:-0}" = 1 ]; then
-    "$build/tests/bench_cuda" > "$build/bench_kernels.jsonl"
-    note "bench (bench_kernels.jsonl)" 0 $? "$build/bench_kernels.jsonl"
-    cat "$build/bench_kernels.jsonl"
+benches=${BENCH:-0}
+[ "$benches" = 1 ] && benches="kernels:h200-7b kernels:h200-72b train:h200-7b train:h200-7b-block teacher:h200-72b teacher:h200-72b-streamed io:h200-7b"
+if [ "$benches" != 0 ]; then
+    : > "$build/bench.jsonl"
+    for bench in $benches; do
+        begin=$SECONDS file=$build/bench-${bench%%:*}-${bench#*:}.txt
+        (cd "$root" && timeout 900 "$program" bench "${bench%%:*}" "configs/bench/${bench#*:}.yaml") > "$file" 2>&1
+        note "bench ${bench/:/ }" $((SECONDS - begin)) $? "$file"
+        grep '^{' "$file" >> "$build/bench.jsonl"
+        grep -v '^{' "$file"
+    done
 fi
 echo
 cat "$table"

@@ -20,7 +20,7 @@ static const struct { const char *name; int (*run)(int, char **); const char *su
     {"export", command_export, "write a model for an inference engine: safetensors or GGUF"},
     {"inspect", command_inspect, "look into a model directory, a dataset of shards or one shard"},
     {"check", command_check, "compare this build with a reference made by transformers and PyTorch"},
-    {"bench", command_bench, "measure training and dumping on this machine"},
+    {"bench", command_bench, "measure this machine: train, teacher, kernels, io"},
 };
 enum { N_COMMANDS = sizeof commands / sizeof *commands };
 

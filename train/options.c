@@ -27,7 +27,7 @@ enum { D = 1 << CMD_TEACHER_DUMP, T = 1 << CMD_TRAIN, E = 1 << CMD_EVAL, G = 1 <
 #define CHOICE(name, member, value, choices, coming, commands, help) {name, OPTION_CHOICE, offsetof(struct config, member), value, 0, 0, false, false, choices, coming, commands, help}
 
 const struct option options[] = {
-    TEXT  ("run.dir", run_dir, "run", T | E | G | X, "directory of this run: checkpoints, metrics, the resolved configuration"),
+    TEXT  ("run.dir", run_dir, "run", T | E | G | X | B, "directory of this run: checkpoints, metrics, the resolved configuration; bench: where its temporary files are"),
     CHOICE("run.device", run_device, "cpu", "cpu|cuda", NULL, D | T | E | G | X | B, "where the arithmetic runs"),
     WHOLE ("run.threads", run_threads, "0", 0, 4096, D | T | E | G | X | B | V, "CPU threads; 0: all cores"),
     WHOLE ("run.seed", run_seed, "1", 0, EXACT_MAX, D | T | E, "seed of everything random: order of documents and rows, initial weights"),
@@ -62,10 +62,10 @@ const struct option options[] = {
 
     TEXT  ("shards.path", shards_path, "logits", D | T | E, "directory of the teacher's logits, written by teacher-dump and read by train"),
     TEXT  ("shards.heldout_path", shards_heldout_path, "", D | T | E, "the same for held-out rows; empty: shards.path with -heldout added"),
-    CHOICE("shards.kind", shards_kind, "topk", "topk|full", "hybrid|sampled", D, "what is stored per position: the K best, or all logits (hybrid and sampled are coming)"),
+    CHOICE("shards.kind", shards_kind, "topk", "topk|full", "hybrid|sampled", D | B, "what is stored per position: the K best, or all logits (hybrid and sampled are coming)"),
     WHOLE ("shards.k", shards_k, "64", 1, SHARD_MAX_K, D | B, "topk: how many of the teacher's best tokens are stored"),
-    REALS ("shards.temperatures", shards_temperatures, "1.0", 0.01, 100, D, "temperatures a student may train at; log-probabilities are stored at the first"),
-    WHOLE ("shards.rows_per_shard", shards_rows_per_shard, "64", 1, 1e6, D, "rows of one shard file"),
+    REALS ("shards.temperatures", shards_temperatures, "1.0", 0.01, 100, D | B, "temperatures a student may train at; log-probabilities are stored at the first"),
+    WHOLE ("shards.rows_per_shard", shards_rows_per_shard, "64", 1, 1e6, D | B, "rows of one shard file"),
     SWITCH("shards.follow", shards_follow, "false", T, "train while the dump is still running: wait for shards that are not there yet"),
     REAL  ("shards.wait_s", shards_wait_s, "0", 0, 1e9, T, "shards.follow: give up after this many seconds without a new shard; 0: never"),
 
@@ -125,7 +125,8 @@ const struct option options[] = {
     WHOLE ("export.max_file_mib", export_max_file_mib, "5000", 1, 1e9, X, "safetensors: larger models are split into files of this size"),
 
     WHOLE ("bench.steps", bench_steps, "20", 1, 1e6, B, "run at least this many steps"),
-    REAL  ("bench.seconds", bench_seconds, "20", 0, 86400, B, "and at least this long"),
+    REAL  ("bench.seconds", bench_seconds, "20", 0, 86400, B, "and at least this long; kernels: an op gets a fortieth of it, a product a tenth"),
+    WHOLE ("bench.layers", bench_layers, "0", 0, 1000, B, "measure the shape with this many layers, where all of them do not fit; 0: as many as it has"),
 };
 const int option_count = sizeof options / sizeof *options;
 

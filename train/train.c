@@ -45,11 +45,21 @@ static int check_numbers(const struct trainer *t, const struct step_stats *s)
     return OK;
 }
 
+void train_gradients(struct model *m, struct objective *o, struct batch *const *batch, int n, double divisor)
+{
+    m->be->ops->fill_zero(m->be, m->grads, (size_t)m->params->total * dtype_width(m->be->grad_dtype));
+    objective_reset(o);
+    for (int i = 0; i < n; i++) {
+        model_set_batch(m, batch[i]);
+        model_forward(m);                                      /* tokens -> hidden */
+        objective_run(o, batch[i], divisor, true);             /* hidden -> loss, d_hidden, head gradient */
+        model_backward(m);                                     /* d_hidden -> gradients */
+    }
+}
+
 /* One optimizer step, top to bottom. */
 static int train_step(struct trainer *t, struct step_stats *s)
 {
-    const struct ops *op = t->be->ops;
-    struct model *m = t->model;
     struct batch *next;
     int rc = OK;
 
@@ -60,14 +70,7 @@ static int train_step(struct trainer *t, struct step_stats *s)
         s->targets += next->n_targets;
     }
     double divisor = s->targets ? (double)s->targets : 1;
-    op->fill_zero(t->be, m->grads, (size_t)m->params->total * dtype_width(t->be->grad_dtype));
-    objective_reset(t->objective);
-    for (int i = 0; i < t->accum; i++) {
-        model_set_batch(m, t->batch[i]);
-        model_forward(m);                                      /* tokens -> hidden */
-        objective_run(t->objective, t->batch[i], divisor, true);   /* hidden -> loss, d_hidden, head gradient */
-        model_backward(m);                                     /* d_hidden -> gradients */
-    }
+    train_gradients(t->model, t->objective, t->batch, t->accum, divisor);
     objective_read(t->objective, &s->kd, &s->ce);
     s->grad_norm = optimizer_norm(t->optimizer);
     s->kd /= divisor;
@@ -78,7 +81,7 @@ static int train_step(struct trainer *t, struct step_stats *s)
     if (s->targets) optimizer_step(t->optimizer, t->state.step + 1, s->lr);
 
     t->state.step++;
-    t->state.tokens += t->accum * m->n;
+    t->state.tokens += t->accum * t->model->n;
     t->state.targets += s->targets;
     loader_tell(t->loader, &t->state.loader);
 out:

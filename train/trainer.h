@@ -38,6 +38,9 @@ struct trainer {
  * taken and prints the plan. */
 int  trainer_open(struct trainer **out, const struct config *c, bool plan_only);
 void trainer_close(struct trainer *t);        /* NULL-safe */
+/* The arithmetic of a step up to its gradients: zeroed, then added up over n micro-batches, with the losses in the objective's sums. Nothing waits for the
+ * device. train.c; distill bench measures the same function. */
+void train_gradients(struct model *m, struct objective *o, struct batch *const *batch, int n, double divisor);
 /* Loader options for the held-out data, and for training. */
 int  trainer_open_loader(const struct trainer *t, bool heldout, struct loader **out);
 
