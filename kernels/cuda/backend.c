@@ -157,9 +157,10 @@ static void cuda_download_async(struct backend *be, void *to, const void *from, 
 static void cuda_mark(struct backend *be, int place)
 {
     struct cuda_state *s = cuda_state_of(be);
-    if (place >= s->n_marks) {
-        s->marks = xrealloc(s->marks, (size_t)(2 * place + 16) * sizeof *s->marks);
-        for (; s->n_marks < 2 * place + 16; s->n_marks++) CUDA_CHECK(cudaEventCreate(&s->marks[s->n_marks]));
+    if (place >= s->n_marks) {                             /* the first few hundred at once: threads wait for marks while others are set */
+        int room = place < 256 ? 256 : 2 * place;
+        s->marks = xrealloc(s->marks, (size_t)room * sizeof *s->marks);
+        for (; s->n_marks < room; s->n_marks++) CUDA_CHECK(cudaEventCreate(&s->marks[s->n_marks]));
     }
     CUDA_CHECK(cudaEventRecord(s->marks[place], s->stream));
 }

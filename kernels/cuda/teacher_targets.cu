@@ -3,8 +3,8 @@
  *
  * 1. A first part of the row is held in registers, two maxima a thread. The K-th largest of these has at least K logits at or above it, so
  *    it is a floor: nothing below it is among the K largest of the row.
- * 2. The row streams through. What reaches the floor is appended to a list in shared memory (some hundred of 152,064); everything
- *    else adds 2^{c (t - floor)} to a running sum per temperature. All exponents are <= 0, so no maximum has to be tracked.
+ * 2. The row streams through. Vectors that hold a logit at or above the floor are noted in shared memory (some hundred of 19,008) and opened afterwards, into
+ *    the list; every logit below it adds 2^{c (t - floor)} to a running sum per temperature. All exponents are <= 0, so no maximum has to be tracked.
  * 3. The K-th largest logit of the list parts it; what reaches that is sorted by (logit, lower id), and its first K are the head. The tail's mass
  *    is the rest's sum plus the list beyond the head: summed over the complement, never a difference.
  * The loop is short of exponentials (16 a clock) and of instructions: a temperature half of the one before in order takes the square of its exponential, and
@@ -12,7 +12,7 @@
  * beside the floor is done again from memory: radix selection of the K-th (logit, id), then sums relative to the rest's own maximum. */
 #include "kernels/cuda/row_stats.cuh"
 
-enum { THREADS = 256, BLOCKS = 4, LIST = 4096, SORTED = 512, MAX_K = 256, MAX_T = 8, HELD = 8, BATCH = 4 };
+enum { THREADS = 256, BLOCKS = 4, LIST = 3072, SORTED = 512, MAX_K = 256, MAX_T = 8, HELD = 8, BATCH = 4 };
 constexpr float GONE = -1e30f;          /* stands in for a logit that is counted elsewhere: exponentials of it are 0, and 0 * GONE is 0 */
 constexpr float TINY = 1e-30f;          /* below it a sum relative to the floor has lost its digits to underflow */
 
@@ -28,6 +28,7 @@ struct targets_out { int32_t *head_ids; float *head_logprob, *lse, *tail_logmass
 struct targets_shared {
     unsigned long long list[LIST];      /* (ordered logit, ~id): descending order is the ranking */
     unsigned long long sorted[SORTED];  /* of the list, what the head is taken from */
+    int hit[LIST], hits;                /* first elements of vectors that hold a logit for the list */
     int reach[32], reaching;
     double partial[THREADS / 32][MAX_T + 2], total[MAX_T + 2], lse[MAX_T + 1];
     unsigned histogram[256];
@@ -211,7 +212,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) teacher_targets_kernel(target
     for (int h = 0; h < HELD; h++) if (h * THREADS + threadIdx.x < vectors) held[h] = load_packed<T, W>(row + (h * THREADS + threadIdx.x) * W);
     #pragma unroll
     for (int h = 0; h < HELD; h++) if (h * THREADS + threadIdx.x < vectors) most[h / (HELD / 2)] = fmaxf(most[h / (HELD / 2)], largest<T, W>(held[h]));
-    if (threadIdx.x == 0) s.count = 0;
+    if (threadIdx.x == 0) s.count = s.hits = 0;
     float reached = kth_of_threads<T>(most[0], most[1], K), floor = reached > -CUDART_INF_F ? reached : 0;
 
     /* 2: the stream */
@@ -237,32 +238,50 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) teacher_targets_kernel(target
         }
         if (below && shape.entropy) sum[SLOTS] = fmaf(y0, fmaxf(e0, GONE), sum[SLOTS]);
     };
-    auto consume = [&](const packed<T, W> &v, int j) {
-        float t[W];
-        unpack<T, W>(t, v);
-        if (largest<T, W>(v) >= reached) {
+    /* vectors at, at + THREADS, ...: one reservation of places for all of them, because nearly every warp has a hit among them */
+    auto consume = [&](const packed<T, W> (&v)[BATCH], int at, int last) {
+        bool hit[BATCH];
+        int hits = 0;
+        #pragma unroll
+        for (int b = 0; b < BATCH; b++) {
+            hit[b] = at + b * THREADS < last && largest<T, W>(v[b]) >= reached;
+            hits += hit[b];
+        }
+        if (hits) {
+            int to = atomicAdd(&s.hits, hits);
             #pragma unroll
-            for (int i = 0; i < W; i++) if (t[i] >= reached) take(t[i], j + i);
+            for (int b = 0; b < BATCH; b++) if (hit[b] && to < LIST) s.hit[to++] = (at + b * THREADS) * W;
         }
         #pragma unroll
-        for (int i = 0; i < W; i++) add(t[i]);
+        for (int b = 0; b < BATCH; b++) {
+            if (at + b * THREADS >= last) break;
+            float t[W];
+            unpack<T, W>(t, v[b]);
+            #pragma unroll
+            for (int i = 0; i < W; i++) add(t[i]);
+        }
     };
-    #pragma unroll
-    for (int h = 0; h < HELD; h++) if (h * THREADS + threadIdx.x < vectors) consume(held[h], (h * THREADS + (int)threadIdx.x) * W);
-    int at = HELD * THREADS + (int)threadIdx.x;
-    for (; at + (BATCH - 1) * THREADS < vectors; at += BATCH * THREADS) {
+    static_assert(HELD == 2 * BATCH, "what is held is consumed in two batches");
+    consume(*reinterpret_cast<const packed<T, W> (*)[BATCH]>(&held[0]), (int)threadIdx.x, vectors);
+    consume(*reinterpret_cast<const packed<T, W> (*)[BATCH]>(&held[BATCH]), BATCH * THREADS + (int)threadIdx.x, vectors);
+    for (int at = HELD * THREADS + (int)threadIdx.x; at < vectors; at += BATCH * THREADS) {
         packed<T, W> v[BATCH];
         #pragma unroll
-        for (int b = 0; b < BATCH; b++) v[b] = load_packed<T, W>(row + (at + b * THREADS) * W);
-        #pragma unroll
-        for (int b = 0; b < BATCH; b++) consume(v[b], (at + b * THREADS) * W);
+        for (int b = 0; b < BATCH; b++) if (at + b * THREADS < vectors) v[b] = load_packed<T, W>(row + (at + b * THREADS) * W);
+        consume(v, at, vectors);
     }
-    for (; at < vectors; at += THREADS) consume(load_packed<T, W>(row + at * W), at * W);
     if ((int)threadIdx.x < Vv - vectors * W) {
         int j = vectors * W + (int)threadIdx.x;
         float t = to_float(row[j]);
         if (t >= reached) take(t, j);
         add(t);
+    }
+    __syncthreads();
+    for (int h = threadIdx.x; h < s.hits && h < LIST; h += THREADS) {
+        float t[W];
+        load<T, W>(t, row + s.hit[h]);                      /* from the cache, mostly */
+        #pragma unroll
+        for (int i = 0; i < W; i++) if (t[i] >= reached) take(t[i], s.hit[h] + i);
     }
     block_totals(s, sum, SLOTS + 1);
     int count = s.count;
@@ -278,7 +297,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) teacher_targets_kernel(target
         for (int k = 0; k < SLOTS; k++) s.total[k] *= exp2(shift[k] - (double)floor * shape.c[k]);
     }
     __syncthreads();
-    bool again = count > LIST;
+    bool again = count > LIST || s.hits > LIST;
     if (!again && count == K && Vv > count) for (int i = 0; i < shape.nT; i++) again |= s.total[shape.slot_of[i]] < TINY;
     __syncthreads();
     if (again) {
