@@ -146,10 +146,12 @@ static double full_loss(float *g, const float *z, const float *t, float t_scale,
     return loss;
 }
 
-void cpu_distill_loss(struct backend *be, act *logits_, float *kd, float *ce, const struct distill_targets *t, const struct distill_args *a, int64_t R, int64_t V, int64_t Vv)
+void cpu_distill_loss(struct backend *be, act *logits_, const struct distill_losses *out, const struct distill_targets *t, const struct distill_args *a, int64_t R, int64_t V, int64_t Vv)
 {
     float *logits = fp32(logits_);
-    CHECK(t->kind != TARGET_TOPK || a->divergence == DIV_FORWARD_KL, "only forward_kl is defined on truncated targets");
+    CHECK(t->kind != TARGET_SAMPLES && (t->kind == TARGET_FULL ? a->divergence != DIV_MIX : a->divergence == DIV_FORWARD_KL) && !out->kd_squares && !a->floor, "not in this kernel yet");
+    CHECK(t->kind != TARGET_TOPK || a->tail != TAIL_UNBIASED, "the %d best have no unbiased objective", t->K);
+    float *kd = out->kd, *ce = out->ce;
     #pragma omp parallel for schedule(static)
     for (int64_t n = 0; n < R; n++) {
         float *row = logits + n * V, *z = thread_scratch(be, cpu_row_scratch(V, t->K)), *teacher = z + V, *head_z = teacher + V;

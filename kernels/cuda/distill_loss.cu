@@ -298,10 +298,12 @@ static void launch(struct backend *be, act *logits, float *kd, float *ce, const 
     CUDA_CHECK(cudaGetLastError());
 }
 
-extern "C" void cuda_distill_loss(struct backend *be, act *logits, float *kd, float *ce, const struct distill_targets *t, const struct distill_args *a, int64_t R, int64_t V, int64_t Vv)
+extern "C" void cuda_distill_loss(struct backend *be, act *logits, const struct distill_losses *out, const struct distill_targets *t, const struct distill_args *a, int64_t R, int64_t V, int64_t Vv)
 {
     if (!R) return;
-    CUDA_REQUIRE(t->kind != TARGET_TOPK || a->divergence == DIV_FORWARD_KL, "only forward_kl is defined on truncated targets");
+    float *kd = out->kd, *ce = out->ce;
+    CUDA_REQUIRE(t->kind != TARGET_SAMPLES && (t->kind == TARGET_FULL ? a->divergence != DIV_MIX : a->divergence == DIV_FORWARD_KL) && !out->kd_squares && !a->floor, "not in this kernel yet");
+    CUDA_REQUIRE(t->kind != TARGET_TOPK || a->tail != TAIL_UNBIASED, "the K best have no unbiased objective");
     loss_scales k = {a->kd_weight * a->temperature * a->gradient_scale, a->ce_weight * a->gradient_scale, a->temperature};
     bool full = t->kind == TARGET_FULL;
     DISPATCH(be->act_dtype, T,
