@@ -61,7 +61,7 @@ struct distill_targets {
 /* loss = kd_weight T^2 D(p, q) + ce_weight (-log softmax(z)[label]);  p = softmax(t/T), q = softmax(z/T), over Vv ids.
  * Hinton et al. 2015 for T^2; jsd: Agarwal et al. 2024 (GKD) eq. 1; skew_kl: Ko et al. 2024 (DistiLLM) eq. 4.
  *
- * TARGET_FULL       tail unbiased; any divergence, any mix of them.
+ * TARGET_FULL       any divergence, any mix of them; nothing is missing, tail is not looked at.
  * TARGET_TOPK       tail bucket (any divergence, over the K ids and one outcome for the rest), renormalise (any; reverse_kl with a floor),
  *                   drop (forward_kl).
  * TARGET_SAMPLES    tail unbiased; forward_kl: D = sum w (log p - log q), its expectation is the full one. */
