@@ -6,16 +6,12 @@
 #include <math.h>
 #include <stdint.h>
 
-#ifdef __CUDACC__
-#define BASE_EXP_DEVICE __host__ __device__
-#else
-#define BASE_EXP_DEVICE
-#endif
+#include "base/device.h"
 
 /* e^x within 2 ulp of fp32, without branches: x = n ln 2 + r, |r| <= ln 2 / 2, e^r by its Taylor polynomial of degree 7
  * (the next term is below 6e-9), times 2^n through the exponent bits. Below -87 it is 0, as
  * masked logits of -INFINITY must be; above 88.37 it is INFINITY. NaN stays NaN. */
-static inline BASE_EXP_DEVICE float exp_fp32(float x)
+static inline HOST_DEVICE float exp_fp32(float x)
 {
     float n = rintf(x * 1.44269504088896341f);
     n = n > -126.0f ? n < 127.0f ? n : 127.0f : -126.0f;        /* of NaN: -126 */

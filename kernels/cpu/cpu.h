@@ -23,6 +23,9 @@ static inline size_t thread_scratch_bytes(size_t floats) { return (size_t)omp_ge
 /* floats of scratch for one row of V logits: two copies of it, and K entries of two words */
 static inline size_t cpu_row_scratch(int64_t V, int K) { return (size_t)(2 * V) + 2 * (size_t)K; }
 
+/* for draws from one row: a copy of it, and 64 bits for every 256 of its ids */
+static inline size_t cpu_sample_scratch(int64_t V) { return (size_t)(V + 1 + 2 * (V / 256 + 1)); }
+
 /* Row statistics over n values scaled by `scale`: the largest, and log sum exp in double. -INFINITY for an empty or fully masked row. */
 float  row_max(const float *x, int64_t n);
 double row_log_sum_exp(const float *x, int64_t n, float scale);
@@ -50,6 +53,7 @@ void cpu_swiglu_forward(struct backend *be, act *h, const act *gate_up, int64_t 
 void cpu_swiglu_backward(struct backend *be, act *d_gate_up, const act *dh, const act *gate_up, int64_t N, int64_t F);
 void cpu_distill_loss(struct backend *be, act *logits, float *kd, float *ce, const struct distill_targets *t, const struct distill_args *a, int64_t R, int64_t V, int64_t Vv);
 void cpu_teacher_targets(struct backend *be, const struct teacher_targets *out, const act *logits, const int32_t *labels, int64_t R, int64_t V, int64_t Vv);
+void cpu_sample_targets(struct backend *be, const struct sample_targets *s, const act *logits, int64_t R, int64_t V, int64_t Vv);
 void cpu_compare_logits(struct backend *be, struct eval_row *out, const act *student, const act *teacher, const int32_t *labels, int64_t R, int64_t Vs, int64_t Vt, int64_t Vv);
 void cpu_sum_squares(struct backend *be, double *sum, const grad *g, int64_t count);
 void cpu_sum_rows(struct backend *be, double *sum, const float *x, int64_t count);
