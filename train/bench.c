@@ -153,7 +153,7 @@ static int bench_train(const struct config *c, const char *shape)
     int64_t V = x.config->vocab_size, N = c->train_micro_rows * c->corpus_row_length, accum = c->train_batch_rows / c->train_micro_rows;
     int k = c->shards_k < V ? (int)c->shards_k : (int)V;
     struct model_options o = {.N = N, .max_doc = c->corpus_row_length, .head_rows = c->train_chunk_tokens < N ? c->train_chunk_tokens : N, .train = true, .recompute = (enum recompute)policy};
-    struct distill_args loss = {.temperature = 1, .kd_weight = 1};
+    struct distill_args loss = {.tail = TAIL_BUCKET, .temperature = 1, .kd_weight = 1};
     struct adamw_args adamw = {.beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8, .weight_decay = 0.1, .clip = 1};
     x.model = model_new(x.be, x.config, &o, x.plan);
     objective = objective_new(x.model, &loss, V, TARGET_TOPK, k, x.plan);

@@ -139,7 +139,7 @@ static int open_case(struct check *c, const struct backend_options *options)
     c->teacher = model_new(c->be, c->teacher_files->config, &o, c->plan);
     o.train = true;
     c->student = model_new(c->be, c->student_files->config, &o, c->plan);
-    struct distill_args loss = {.temperature = (float)c->T, .kd_weight = 1};
+    struct distill_args loss = {.tail = TAIL_BUCKET, .temperature = (float)c->T, .kd_weight = 1};
     c->objective = objective_new(c->student, &loss, c->student->c->vocab_size, TARGET_TOPK, c->k, c->plan);
     const json_t *a = json_object_get(c->json, "adamw"), *betas = json_object_get(a, "betas");
     struct adamw_args adamw = {.beta1 = json_number_value(json_array_get(betas, 0)), .beta2 = json_number_value(json_array_get(betas, 1)),

@@ -46,6 +46,7 @@ void objective_run(struct objective *o, const struct batch *b, double step_targe
     size_t act_bytes = (size_t)C * dtype_width(m->be->act_dtype);
     struct distill_args args = o->args;
     args.gradient_scale = (float)(1.0 / step_targets);
+    struct distill_losses out = {.kd = o->kd, .ce = o->ce};
 
     for (int64_t first = 0; first < m->n; first += m->o.head_rows) {
         int64_t rows = m->n - first < m->o.head_rows ? m->n - first : m->o.head_rows;
@@ -59,7 +60,7 @@ void objective_run(struct objective *o, const struct batch *b, double step_targe
         }
         upload_targets(o, b, first, rows);
         model_logits(m, first, rows);
-        op->distill_loss(m->be, m->logits, o->kd, o->ce, &t, &args, rows, V, o->Vv);
+        op->distill_loss(m->be, m->logits, &out, &t, &args, rows, V, o->Vv);
         op->sum_rows(m->be, &o->sums[0], o->kd, rows);
         op->sum_rows(m->be, &o->sums[1], o->ce, rows);
         if (!backward) continue;

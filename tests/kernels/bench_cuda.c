@@ -27,6 +27,7 @@ struct bench {
     struct attention_args attention;
     struct distill_targets targets;
     struct distill_args loss;
+    struct distill_losses losses;
     struct teacher_targets teacher;
     struct adamw_args adamw;
 };
@@ -136,7 +137,7 @@ static void call_refill(struct bench *b) { b->op->copy(b->be, b->p[0], b->p[1], 
 static void call_loss(struct bench *b)
 {
     call_refill(b);
-    b->op->distill_loss(b->be, b->p[0], b->p[2], b->p[3], &b->targets, &b->loss, b->n[0], b->n[1], b->n[2]);
+    b->op->distill_loss(b->be, b->p[0], &b->losses, &b->targets, &b->loss, b->n[0], b->n[1], b->n[2]);
 }
 static void call_targets(struct bench *b) { b->op->teacher_targets(b->be, &b->teacher, b->p[1], b->targets.labels, b->n[0], b->n[1], b->n[2]); }
 static void call_head(struct bench *b)
@@ -145,7 +146,7 @@ static void call_head(struct bench *b)
     for (int64_t chunk = 0; chunk < b->n[4]; chunk += R) {
         act *x = (act *)((char *)b->p[4] + chunk * C * 2), *dx = (act *)((char *)b->p[7] + chunk * C * 2);
         b->op->linear_forward(b->be, b->p[0], x, b->p[5], NULL, R, C, V);
-        b->op->distill_loss(b->be, b->p[0], b->p[2], b->p[3], &b->targets, &b->loss, R, V, b->n[2]);
+        b->op->distill_loss(b->be, b->p[0], &b->losses, &b->targets, &b->loss, R, V, b->n[2]);
         b->op->linear_backward_weight(b->be, b->p[6], NULL, b->p[0], x, R, C, V);
         b->op->linear_backward_input(b->be, dx, b->p[0], b->p[5], R, C, V);
     }
@@ -291,7 +292,7 @@ static void objective(struct bench *b)
     b->targets.head_ids = words32(b, R * 64, head_id);
     b->targets.head_logprob = words32(b, R * 64, head_logprob);
     b->targets.tail_logmass = words32(b, R, tail_logmass);
-    b->p[0] = room(b, (size_t)(R * V) * 2); b->p[1] = normals(b, R * V, 2.5f); b->p[2] = room(b, R * 4); b->p[3] = room(b, R * 4);
+    b->p[0] = room(b, (size_t)(R * V) * 2); b->p[1] = normals(b, R * V, 2.5f); b->losses = (struct distill_losses){.kd = room(b, R * 4), .ce = room(b, R * 4)};
     b->p[4] = normals(b, (int64_t)TOKENS * C, 1); b->p[5] = normals(b, V * C, 0.02f); b->p[6] = normals(b, V * C, 0.0001f); b->p[7] = room(b, (size_t)TOKENS * C * 2);
     double bytes = (double)(R * V) * 2, read = bytes / (b->read_gbs * 1e9);
     if (wanted(b, "distill_loss")) {
