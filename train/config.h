@@ -29,7 +29,7 @@ struct config {
     int64_t corpus_row_length, corpus_max_rows, corpus_max_document_tokens; bool corpus_append_eos, corpus_prepend_bos, corpus_shuffle;
     double corpus_heldout_fraction;
     /* shards */
-    char *shards_path, *shards_heldout_path, *shards_kind; int64_t shards_k, shards_rows_per_shard; struct double_list shards_temperatures;
+    char *shards_path, *shards_heldout_path, *shards_kind; int64_t shards_k, shards_m, shards_draws, shards_rows_per_shard; struct double_list shards_temperatures;
     bool shards_follow; double shards_wait_s;
     /* dump */
     int64_t dump_batch_rows, dump_chunk_tokens;

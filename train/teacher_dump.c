@@ -19,19 +19,21 @@ struct dump {
     struct corpus_rows *train, *heldout;
     int64_t Vv;
     enum shard_kind kind;
-    int k, nT; float temperatures[SHARD_MAX_TEMPERATURES];
+    int k, draws, nT; float temperatures[SHARD_MAX_TEMPERATURES];
     char weights_hash[SHA256_HEX];            /* reads every weight once: taken once for both datasets */
 
     struct backend *be;
     struct memory_plan *plan;
     struct model *model;
     struct teacher_targets out;               /* device, one chunk */
+    struct sample_targets sample;             /* the same, for kinds that draw */
     struct batch *batch;
     /* host, one batch of N positions; what the rows of a shard are filled from */
     uint32_t *head_ids; uint16_t *head_logprob, *full, *entropy, *label_logprob;
+    uint32_t *draw_ids; uint8_t *draw_count; uint16_t *draw_logprob;
     float *lse, *tail;
     void *stage;                              /* host, one chunk of the largest field */
-    double padding_mass, kept_mass; int64_t positions;   /* over everything dumped by this process */
+    double padding_mass, kept_mass; int64_t positions, drawn;   /* over everything dumped by this process */
 };
 
 static int open_teacher(struct dump *d)
@@ -62,11 +64,14 @@ out:
 static int read_kind(struct dump *d)
 {
     const struct config *c = d->c;
-    d->kind = !strcmp(c->shards_kind, "full") ? SHARD_FULL : SHARD_TOPK;
-    d->k = d->kind == SHARD_TOPK ? (int)c->shards_k : 0;
+    for (d->kind = 0; strcmp(c->shards_kind, shard_kind_name(d->kind)); d->kind++) {}
+    d->k = shard_kind_has_head(d->kind) ? (int)c->shards_k : 0;
+    d->draws = d->kind == SHARD_HYBRID ? (int)c->shards_m : d->kind == SHARD_SAMPLED ? (int)c->shards_draws : 0;
     d->nT = c->shards_temperatures.n;
     if (d->nT < 1 || d->nT > SHARD_MAX_TEMPERATURES) return fail(ERR_USAGE, "shards.temperatures lists %d values; 1 to %d are possible", d->nT, SHARD_MAX_TEMPERATURES);
     for (int i = 0; i < d->nT; i++) d->temperatures[i] = (float)c->shards_temperatures.item[i];
+    if (d->kind == SHARD_SAMPLED && d->nT > 1)
+        return fail(ERR_USAGE, "shards.temperatures lists %d values, but draws serve only the temperature they are made at: list one, or use shards.kind hybrid, which serves every one listed", d->nT);
     if (d->k > d->Vv) return fail(ERR_USAGE, "shards.k is %d, but the teacher has only %lld valid ids", d->k, (long long)d->Vv);
     return OK;
 }
@@ -87,8 +92,15 @@ static int plan_memory(struct dump *d)
     if (d->k) {
         memory_add(d->plan, row, key, &d->out.head_ids, r * k * sizeof(int32_t));
         memory_add(d->plan, row, key, &d->out.head_logprob, r * k * floats);
-    } else memory_add(d->plan, row, key, &d->out.full, r * (size_t)d->Vv * sizeof(uint16_t));
+    }
+    if (d->kind == SHARD_FULL) memory_add(d->plan, row, key, &d->out.full, r * (size_t)d->Vv * sizeof(uint16_t));
     if (d->k) memory_add(d->plan, row, key, &d->out.tail_logmass, r * nT * floats);
+    d->sample = (struct sample_targets){.draws = d->draws, .K = d->k, .nT = d->nT, .temperature = d->temperatures[0], .seed = (uint64_t)c->run_seed, .row_length = c->corpus_row_length};
+    if (d->draws) {
+        memory_add(d->plan, row, key, &d->sample.ids, r * (size_t)d->draws * sizeof(int32_t));
+        memory_add(d->plan, row, key, &d->sample.count, r * (size_t)d->draws);
+    }
+    if (d->kind == SHARD_HYBRID) memory_add(d->plan, row, key, &d->sample.logprob, r * (size_t)d->draws * floats);
     memory_add(d->plan, row, key, &d->out.lse, r * nT * floats);
     memory_add(d->plan, row, key, &d->out.entropy, r * floats);
     memory_add(d->plan, row, key, &d->out.label_logprob, r * floats);
@@ -102,23 +114,30 @@ out:
 static void allocate_host(struct dump *d)
 {
     const struct config *c = d->c;
-    size_t n = (size_t)(c->dump_batch_rows * c->corpus_row_length), r = (size_t)d->model->o.head_rows, nT = (size_t)d->nT, k = (size_t)d->k, floats = sizeof(float);
+    size_t n = (size_t)(c->dump_batch_rows * c->corpus_row_length), r = (size_t)d->model->o.head_rows, nT = (size_t)d->nT, k = (size_t)d->k, draws = (size_t)d->draws, floats = sizeof(float);
+    size_t widest = k > nT ? k : nT;
     d->batch = batch_new(c->dump_batch_rows, c->corpus_row_length, NULL, false);
     if (d->k) {
         d->head_ids = xmalloc(n * k * sizeof *d->head_ids);
         d->head_logprob = xmalloc(n * k * sizeof *d->head_logprob);
-    } else d->full = xmalloc(n * (size_t)d->Vv * sizeof *d->full);
+    }
+    if (d->draws) {
+        d->draw_ids = xmalloc(n * draws * sizeof *d->draw_ids);
+        d->draw_count = xmalloc(n * draws * sizeof *d->draw_count);
+        d->draw_logprob = xmalloc(n * draws * sizeof *d->draw_logprob);
+    }
+    if (d->kind == SHARD_FULL) d->full = xmalloc(n * (size_t)d->Vv * sizeof *d->full);
     d->lse = xmalloc(n * nT * floats);
     d->tail = xmalloc(n * nT * floats);
     d->entropy = xmalloc(n * sizeof *d->entropy);
     d->label_logprob = xmalloc(n * sizeof *d->label_logprob);
-    d->stage = xmalloc(r * (k > nT ? k : nT) * floats);
+    d->stage = xmalloc(r * (widest > draws ? widest : draws) * floats);
 }
 
 static int make_manifest(const struct dump *d, const struct corpus_rows *rows, struct shard_manifest *m)
 {
     const struct config *c = d->c;
-    *m = (struct shard_manifest){.kind = d->kind, .rows = rows->rows, .row_length = rows->length, .rows_per_shard = c->shards_rows_per_shard < rows->rows ? c->shards_rows_per_shard : rows->rows, .k = d->k, .n_temperatures = d->nT,
+    *m = (struct shard_manifest){.kind = d->kind, .rows = rows->rows, .row_length = rows->length, .rows_per_shard = c->shards_rows_per_shard < rows->rows ? c->shards_rows_per_shard : rows->rows, .k = d->k, .draws = d->draws, .n_temperatures = d->nT,
                                  .valid_vocab = (int32_t)d->Vv, .teacher_vocab = (int32_t)d->files->config->vocab_size, .seed = (uint64_t)c->run_seed, .text_bytes = rows->bytes};
     memcpy(m->temperatures, d->temperatures, sizeof m->temperatures);
     model_config_hash(d->files->config, m->teacher_config_hash);
@@ -146,6 +165,22 @@ static int take_floats(struct dump *d, const float *device, uint16_t *half, floa
     return OK;
 }
 
+/* Draws for positions [at, at + rows) of the batch. The second read of the logits costs a thousandth of what making them did. */
+static void draw_targets(struct dump *d, int64_t first_row, size_t at, int64_t rows)
+{
+    const struct ops *op = d->be->ops;
+    size_t D = (size_t)d->draws, n = (size_t)rows * D;
+    struct sample_targets s = d->sample;
+    s.first = first_row * d->batch->length + (int64_t)at;
+    s.head_ids = d->out.head_ids;
+    s.lse = d->out.lse;
+    op->sample_targets(d->be, &s, d->model->logits, rows, d->model->c->vocab_size, d->Vv);
+    op->download(d->be, d->draw_ids + at * D, s.ids, n * sizeof *d->draw_ids);
+    op->download(d->be, d->draw_count + at * D, s.count, n);
+    if (s.logprob) take_floats(d, s.logprob, d->draw_logprob + at * D, NULL, n);
+    for (size_t i = 0; i < n; i++) d->drawn += d->draw_count[at * D + i] != 0;
+}
+
 /* Forward over the batch, targets into the host arrays. */
 static int compute_targets(struct dump *d, int64_t first_row)
 {
@@ -165,7 +200,9 @@ static int compute_targets(struct dump *d, int64_t first_row)
             op->download(d->be, d->head_ids + at * k, d->out.head_ids, r * k * sizeof *d->head_ids);
             take_floats(d, d->out.head_logprob, d->head_logprob + at * k, NULL, r * k);
             take_floats(d, d->out.tail_logmass, NULL, d->tail + at * nT, r * nT);
-        } else op->download(d->be, d->full + at * (size_t)Vv, d->out.full, r * (size_t)Vv * sizeof *d->full);
+        }
+        if (d->draws) draw_targets(d, first_row, at, rows);
+        if (d->kind == SHARD_FULL) op->download(d->be, d->full + at * (size_t)Vv, d->out.full, r * (size_t)Vv * sizeof *d->full);
         take_floats(d, d->out.lse, NULL, d->lse + at * nT, r * nT);
         take_floats(d, d->out.entropy, d->entropy + at, NULL, r);
         take_floats(d, d->out.label_logprob, d->label_logprob + at, NULL, r);
@@ -193,7 +230,13 @@ static int put_rows(struct dump *d, struct shard_writer *w, const struct corpus_
             row.tail = d->tail + at * d->nT;
             row.head_ids = d->head_ids + at * d->k;
             row.head_logprob = d->head_logprob + at * d->k;
-        } else row.logits = d->full + at * d->Vv;
+        }
+        if (d->draws) {
+            row.draw_ids = d->draw_ids + at * d->draws;
+            row.draw_count = d->draw_count + at * d->draws;
+        }
+        if (d->kind == SHARD_HYBRID) row.draw_logprob = d->draw_logprob + at * d->draws;
+        if (d->kind == SHARD_FULL) row.logits = d->full + at * d->Vv;
         int rc = shard_writer_put(w, &row);
         if (rc != OK) return rc;
     }
@@ -247,7 +290,7 @@ out:
 
 static void print_plan(const struct dump *d)
 {
-    struct shard_manifest m = {.kind = d->kind, .rows = d->train->rows, .row_length = d->train->length, .rows_per_shard = d->train->rows ? d->train->rows : 1, .k = d->k, .n_temperatures = d->nT,
+    struct shard_manifest m = {.kind = d->kind, .rows = d->train->rows, .row_length = d->train->length, .rows_per_shard = d->train->rows ? d->train->rows : 1, .k = d->k, .draws = d->draws, .n_temperatures = d->nT,
                                .valid_vocab = (int32_t)d->Vv};
     double tokens = (double)(d->train->rows * d->train->length), bytes = d->train->rows ? (double)shard_bytes(&m, 0) / tokens : 0, flops = model_config_forward_flops(d->files->config, d->train->length);
     int64_t heldout = d->heldout ? d->heldout->rows : 0;
@@ -255,9 +298,11 @@ static void print_plan(const struct dump *d)
            (long long)d->files->config->vocab_size);
     printf("corpus    %lld documents, %lld rows of %lld for training, %lld held out; %lld supervised positions\n", (long long)d->train->documents, (long long)d->train->rows,
            (long long)d->train->length, (long long)heldout, (long long)d->train->targets);
+    const char *most = d->kind == SHARD_SAMPLED ? " at most" : "";        /* what is drawn twice is stored once */
     printf("shards    %s", shard_kind_name(d->kind));
     if (d->k) printf(" %d", d->k);
-    printf(", %.0f bytes per token, %.2f GiB in all; %.3g FLOP per token\n", bytes, bytes * (tokens + (double)(heldout * d->train->length)) / 0x1p30, flops);
+    if (d->draws) printf(d->k ? " + %d draws" : ", %d draws", d->draws);
+    printf(",%s %.0f bytes per token, %.2f GiB in all; %.3g FLOP per token\n", most, bytes, bytes * (tokens + (double)(heldout * d->train->length)) / 0x1p30, flops);
     memory_print(d->plan, stdout);
 }
 
@@ -281,6 +326,7 @@ static int run(struct dump *d, bool dry_run)
     if (d->positions) {
         printf("done      %lld positions dumped by this run", (long long)d->positions);
         if (d->k) printf(", the top %d keep %.4f of the mass on average", d->k, d->kept_mass / (double)d->positions);
+        if (d->draws) printf(", %d draws are %.1f different tokens", d->draws, (double)d->drawn / (double)d->positions);
         printf("; %lld padding columns masked, they held %.2e of the mass\n", (long long)(d->files->config->vocab_size - d->Vv), d->padding_mass / (double)d->positions);
     }
 out:
@@ -309,7 +355,7 @@ int command_teacher_dump(int argc, char **argv)
     signals_install();
     rc = run(&d, dry_run);
 out:
-    free(d.head_ids); free(d.head_logprob); free(d.full); free(d.lse); free(d.tail); free(d.entropy); free(d.label_logprob); free(d.stage);
+    free(d.head_ids); free(d.head_logprob); free(d.full); free(d.draw_ids); free(d.draw_count); free(d.draw_logprob); free(d.lse); free(d.tail); free(d.entropy); free(d.label_logprob); free(d.stage);
     batch_free(d.batch);
     model_free(d.model);
     memory_plan_free(d.plan);

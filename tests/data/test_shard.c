@@ -104,13 +104,7 @@ Test(shard, data_begin_at_pages)
 /* An independent reader, when Python with h5py is there. */
 Test(shard, h5py_reads_everything)
 {
-    const char *candidates[] = {getenv("DISTILL_PYTHON"), "python3", "/usr/bin/python3"}, *python = NULL;
-    for (int i = 0; i < 3 && !python; i++) {
-        char *probe = candidates[i] ? xasprintf("%s -c 'import h5py, numpy' 2>/dev/null", candidates[i]) : NULL;
-        if (probe && system(probe) == 0) python = candidates[i];
-        free(probe);
-    }
-    if (!python) cr_skip_test("SKIPPED: no python3 with h5py and numpy; name one in DISTILL_PYTHON");
+    const char *python = python_with_h5py();
     struct shard_manifest kinds[] = {small(), fixture_manifest(SHARD_FULL, 5, 2, 12, 37, 0), fixture_manifest(SHARD_TOPK, 2, 1, 4, 140000, 7),
                                      fixture_manifest(SHARD_HYBRID, 5, 2, 12, 300, 5), fixture_manifest(SHARD_HYBRID, 2, 1, 4, 140000, 7), fixture_manifest(SHARD_HYBRID, 3, 1, 6, 11, 11),
                                      fixture_manifest(SHARD_SAMPLED, 5, 2, 12, 300, 9), fixture_manifest(SHARD_SAMPLED, 2, 1, 4, 140000, 7)};
