@@ -77,7 +77,7 @@ static int line_accept(struct journal *j, const struct shard_manifest *m, const 
         return fail(ERR_INPUT, "%s: the line at byte %lld does not follow the line before it%s; " SHARD_REMEDY, j->path, (long long)j->offset,
                     j->offset ? "" : ", here the manifest: one of the two files was changed or comes from another dataset");
     if (e.shard < 0 || e.shard >= shard_count(m) || e.rows != shard_rows(m, e.shard) || e.tokens != e.rows * m->row_length || e.targets < 0 ||
-        e.targets > e.tokens || e.bytes > (int64_t)shard_bytes(m, e.shard) || e.bytes < (int64_t)shard_bytes(m, e.shard) - (SHARD_FIELDS + 2) * SHARD_ALIGNMENT)
+        e.targets > e.tokens || e.bytes > (int64_t)shard_bytes(m, e.shard) || e.bytes < (int64_t)shard_least_bytes(m, e.shard))
         return fail(ERR_INPUT, "%s: the line at byte %lld tells of a shard %lld that the manifest does not allow (%lld rows, %lld bytes); " SHARD_REMEDY,
                     j->path, (long long)j->offset, (long long)e.shard, (long long)e.rows, (long long)e.bytes);
     TRY(entry_add(j, &e));

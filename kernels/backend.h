@@ -37,18 +37,21 @@ struct attention_args {
     int64_t window;             /* 0: none; else position i sees i-window+1 .. i */
 };
 
-enum divergence { DIV_FORWARD_KL, DIV_REVERSE_KL, DIV_JSD, DIV_SKEW_KL, DIV_TVD, DIV_COUNT };
-enum tail_policy { TAIL_BUCKET, TAIL_RENORMALISE, TAIL_DROP, TAIL_COUNT };
-enum target_kind { TARGET_NONE, TARGET_TOPK, TARGET_FULL };
+enum divergence { DIV_FORWARD_KL, DIV_REVERSE_KL, DIV_JSD, DIV_SKEW_KL, DIV_TVD, DIV_COUNT, DIV_MIX = DIV_COUNT };
+/* What stands for the teacher's mass outside the stored ids: nothing is missing (full logits, and samples in expectation), one more outcome,
+ * nothing and the head is scaled up to 1, nothing. */
+enum tail_policy { TAIL_UNBIASED, TAIL_BUCKET, TAIL_RENORMALISE, TAIL_DROP, TAIL_COUNT };
+enum target_kind { TARGET_NONE, TARGET_TOPK, TARGET_SAMPLES, TARGET_FULL };
 
 /* What a chunk of R positions learns from. All arrays on the device, first element = first row of the chunk. */
 struct distill_targets {
     const int32_t *labels;              /* [R] next token; -1: not supervised, its row contributes nothing and gets zero gradient */
     enum target_kind kind;
-    int K;                              /* TARGET_TOPK */
-    const int32_t *head_ids;            /* [R, K], all < Vv */
+    int K;                              /* TARGET_TOPK, TARGET_SAMPLES: entries per position */
+    const int32_t *head_ids;            /* [R, K], all < Vv; no id twice in a position */
     const float *head_logprob;          /* [R, K] log p at temperature T */
-    const float *tail_logmass;          /* [R] log mass outside the head at T; -INFINITY: none */
+    const float *tail_logmass;          /* TARGET_TOPK: [R] log mass outside the head at T; -INFINITY: none */
+    const float *weight;                /* TARGET_SAMPLES: [R, K] w >= 0, an estimate of p at T. 0: an unused slot, whatever its id; its log p must be finite */
     const void *full;                   /* TARGET_FULL: [R, full_stride] teacher logits; full_scale * them = t / T. Normalised here, over Vv. */
     enum dtype full_dtype;              /* F32, F16 or BF16 */
     int64_t full_stride;
@@ -56,13 +59,26 @@ struct distill_targets {
 };
 
 /* loss = kd_weight T^2 D(p, q) + ce_weight (-log softmax(z)[label]);  p = softmax(t/T), q = softmax(z/T), over Vv ids.
- * Hinton et al. 2015 for T^2; jsd: Agarwal et al. 2024 (GKD) eq. 1; skew_kl: Ko et al. 2024 (DistiLLM) eq. 4. */
+ * Hinton et al. 2015 for T^2; jsd: Agarwal et al. 2024 (GKD) eq. 1; skew_kl: Ko et al. 2024 (DistiLLM) eq. 4.
+ *
+ * TARGET_FULL       any divergence, any mix of them; nothing is missing, tail is not looked at.
+ * TARGET_TOPK       tail bucket (any divergence, over the K ids and one outcome for the rest), renormalise (any; reverse_kl with a floor),
+ *                   drop (forward_kl).
+ * TARGET_SAMPLES    tail unbiased; forward_kl: D = sum w (log p - log q), its expectation is the full one. */
 struct distill_args {
-    enum divergence divergence;
+    enum divergence divergence;         /* DIV_MIX: D = sum mix[d] D_d, all mix[d] >= 0 */
+    float mix[DIV_COUNT];
     enum tail_policy tail;
+    float floor;                        /* reverse_kl is taken to (1 - floor) p + floor / Vv: no id of the teacher's is impossible; 0: to p itself */
     float beta, alpha;                  /* jsd: beta KL(p||m) + (1-beta) KL(q||m), m = beta p + (1-beta) q;  skew: KL(p || alpha p + (1-alpha) q) */
     float temperature, kd_weight, ce_weight;
     float gradient_scale;               /* 1 / supervised targets of the whole step: multiplies the gradient, not the reported losses */
+};
+
+/* Per row of the chunk, on the device; 0 where not supervised. */
+struct distill_losses {
+    float *kd, *ce;                     /* [R] T^2 D(p,q) and -log softmax(z)[label], both unweighted; ce also when ce_weight is 0 */
+    float *kd_squares, *ce_squares;     /* [R] squared norms of the two parts of the row's gradient, in units of gradient_scale; both NULL: not computed */
 };
 
 /* Teacher side of a dump, for a chunk of R positions. NULL pointers are not computed. */
@@ -77,6 +93,21 @@ struct teacher_targets {
     float *label_logprob;               /* [R] log p(label) at T0; 0 where the label is -1 */
     float *padding_mass;                /* [R] softmax mass at T = 1 that the columns Vv..V-1 would have had */
     uint16_t *full;                     /* [R, Vv] f16 of t/T0 */
+};
+
+/* Draws from a chunk of R positions of the teacher: D with replacement from softmax(t / T) restricted to the ids outside the head (all Vv without one),
+ * as each id once, ascending, with its count; unused slots are 0, all of them where nothing is outside the head. A draw is a function of the
+ * row's logits and (seed, row, position, draw) alone, the same on every backend: kernels/draw.h. */
+struct sample_targets {
+    int draws;                          /* D, 1 .. 255 */
+    int32_t *ids;                       /* [R, D] */
+    uint8_t *count;                     /* [R, D] */
+    float *logprob;                     /* [R, D] log softmax(t / T) over Vv, by the lse given; NULL: not computed */
+    int K; const int32_t *head_ids;     /* [R, K] ids that are not drawn */
+    const float *lse; int nT;           /* [R, nT] teacher_targets' log-sum-exps, the first at this T; NULL without logprob */
+    float temperature;
+    uint64_t seed;
+    int64_t first, row_length;          /* position i of the chunk is position (first + i) % row_length of row (first + i) / row_length */
 };
 
 /* One evaluated position, T = 1, over Vv ids. Ties in an argmax go to the lower id. */
@@ -173,11 +204,11 @@ struct ops {
     void (*swiglu_backward)(struct backend *be, act *d_gate_up, const act *dh, const act *gate_up, int64_t N, int64_t F);
 
     /* ---- objective, targets, evaluation: over a chunk of R rows of logits (R, V) ---- */
-    /* logits -> their gradient in place (padding columns get 0); kd[R] = T^2 D(p,q), ce[R] = -log softmax(z)[label], both unweighted, 0 where not supervised.
-     * TARGET_TOPK takes DIV_FORWARD_KL alone. ce is reported even when ce_weight is 0. */
-    void (*distill_loss)(struct backend *be, act *logits, float *kd, float *ce, const struct distill_targets *t, const struct distill_args *a,
+    /* logits -> their gradient in place (padding columns get 0) */
+    void (*distill_loss)(struct backend *be, act *logits, const struct distill_losses *out, const struct distill_targets *t, const struct distill_args *a,
                          int64_t R, int64_t V, int64_t Vv);
     void (*teacher_targets)(struct backend *be, const struct teacher_targets *out, const act *logits, const int32_t *labels, int64_t R, int64_t V, int64_t Vv);
+    void (*sample_targets)(struct backend *be, const struct sample_targets *s, const act *logits, int64_t R, int64_t V, int64_t Vv);
     /* student (R, Vs), teacher (R, Vt) or NULL */
     void (*compare_logits)(struct backend *be, struct eval_row *out, const act *student, const act *teacher, const int32_t *labels, int64_t R, int64_t Vs, int64_t Vt, int64_t Vv);
 

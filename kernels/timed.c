@@ -7,7 +7,7 @@ const char *const time_phase_names[PHASE_COUNT] = {"products", "attention", "nor
 
 enum timed_name { LINEAR_FORWARD, LINEAR_BACKWARD_INPUT, LINEAR_BACKWARD_WEIGHT, ATTENTION_FORWARD, ATTENTION_BACKWARD, RMSNORM_FORWARD, RMSNORM_BACKWARD, QK_NORM_FORWARD,
                   QK_NORM_BACKWARD, ROPE_FORWARD, ROPE_BACKWARD, SWIGLU_FORWARD, SWIGLU_BACKWARD, HEAD_FORWARD, HEAD_BACKWARD_INPUT, HEAD_BACKWARD_WEIGHT, DISTILL_LOSS,
-                  TEACHER_TARGETS, SUM_ROWS, SUM_SQUARES, ADAMW, EMBED_FORWARD, EMBED_BACKWARD, FILL_ZERO, COPY, UPLOAD, DOWNLOAD, DOWNLOAD_ASYNC, TIMED_COUNT };
+                  TEACHER_TARGETS, SAMPLE_TARGETS, SUM_ROWS, SUM_SQUARES, ADAMW, EMBED_FORWARD, EMBED_BACKWARD, FILL_ZERO, COPY, UPLOAD, DOWNLOAD, DOWNLOAD_ASYNC, TIMED_COUNT };
 
 static const struct timed_op names[TIMED_COUNT] = {
     [LINEAR_FORWARD] = {"linear_forward", PHASE_GEMM, 0, 0}, [LINEAR_BACKWARD_INPUT] = {"linear_backward_input", PHASE_GEMM, 0, 0},
@@ -17,7 +17,7 @@ static const struct timed_op names[TIMED_COUNT] = {
     [QK_NORM_BACKWARD] = {"qk_norm_backward", PHASE_POINTWISE, 0, 0}, [ROPE_FORWARD] = {"rope_forward", PHASE_POINTWISE, 0, 0}, [ROPE_BACKWARD] = {"rope_backward", PHASE_POINTWISE, 0, 0},
     [SWIGLU_FORWARD] = {"swiglu_forward", PHASE_POINTWISE, 0, 0}, [SWIGLU_BACKWARD] = {"swiglu_backward", PHASE_POINTWISE, 0, 0}, [HEAD_FORWARD] = {"head forward", PHASE_HEAD, 0, 0},
     [HEAD_BACKWARD_INPUT] = {"head backward_input", PHASE_HEAD, 0, 0}, [HEAD_BACKWARD_WEIGHT] = {"head backward_weight", PHASE_HEAD, 0, 0}, [DISTILL_LOSS] = {"distill_loss", PHASE_HEAD, 0, 0},
-    [TEACHER_TARGETS] = {"teacher_targets", PHASE_HEAD, 0, 0}, [SUM_ROWS] = {"sum_rows", PHASE_HEAD, 0, 0}, [SUM_SQUARES] = {"sum_squares", PHASE_OPTIMIZER, 0, 0},
+    [TEACHER_TARGETS] = {"teacher_targets", PHASE_HEAD, 0, 0}, [SAMPLE_TARGETS] = {"sample_targets", PHASE_HEAD, 0, 0}, [SUM_ROWS] = {"sum_rows", PHASE_HEAD, 0, 0}, [SUM_SQUARES] = {"sum_squares", PHASE_OPTIMIZER, 0, 0},
     [ADAMW] = {"adamw", PHASE_OPTIMIZER, 0, 0}, [EMBED_FORWARD] = {"embed_forward", PHASE_OTHER, 0, 0}, [EMBED_BACKWARD] = {"embed_backward", PHASE_OTHER, 0, 0},
     [FILL_ZERO] = {"fill_zero", PHASE_OTHER, 0, 0}, [COPY] = {"copy", PHASE_OTHER, 0, 0}, [UPLOAD] = {"upload", PHASE_OTHER, 0, 0}, [DOWNLOAD] = {"download", PHASE_OTHER, 0, 0},
     [DOWNLOAD_ASYNC] = {"download_async", PHASE_OTHER, 0, 0},
@@ -84,8 +84,9 @@ TIMED(rope_backward, ROPE_BACKWARD,
       (dqkv, dq, dk, dv, cos, sin, position, N, Hq, Hkv, D))
 TIMED(swiglu_forward, SWIGLU_FORWARD, (act *h, const act *gate_up, int64_t N, int64_t F), (h, gate_up, N, F))
 TIMED(swiglu_backward, SWIGLU_BACKWARD, (act *d_gate_up, const act *dh, const act *gate_up, int64_t N, int64_t F), (d_gate_up, dh, gate_up, N, F))
-TIMED(distill_loss, DISTILL_LOSS, (act *logits, float *kd, float *ce, const struct distill_targets *targets, const struct distill_args *a, int64_t R, int64_t V, int64_t Vv),
-      (logits, kd, ce, targets, a, R, V, Vv))
+TIMED(distill_loss, DISTILL_LOSS, (act *logits, const struct distill_losses *out, const struct distill_targets *targets, const struct distill_args *a, int64_t R, int64_t V, int64_t Vv),
+      (logits, out, targets, a, R, V, Vv))
+TIMED(sample_targets, SAMPLE_TARGETS, (const struct sample_targets *s, const act *logits, int64_t R, int64_t V, int64_t Vv), (s, logits, R, V, Vv))
 TIMED(teacher_targets, TEACHER_TARGETS, (const struct teacher_targets *out, const act *logits, const int32_t *labels, int64_t R, int64_t V, int64_t Vv), (out, logits, labels, R, V, Vv))
 TIMED(sum_rows, SUM_ROWS, (double *sum, const float *x, int64_t count), (sum, x, count))
 TIMED(sum_squares, SUM_SQUARES, (double *sum, const grad *g, int64_t count), (sum, g, count))
@@ -111,7 +112,7 @@ struct backend *timed_backend(struct backend *inner, int64_t head_columns)
     inner->ops->mark(inner, TIMED_FIRST_MARK + 2 * TIMED_MAX_CALLS - 1);   /* all places are made now: another thread may be waiting for a mark while ops are timed */
 #define PUT(op) t->ops.op = timed_##op
     PUT(linear_forward); PUT(linear_backward_input); PUT(linear_backward_weight); PUT(attention_forward); PUT(attention_backward); PUT(rmsnorm_forward); PUT(rmsnorm_backward);
-    PUT(qk_norm_forward); PUT(qk_norm_backward); PUT(rope_forward); PUT(rope_backward); PUT(swiglu_forward); PUT(swiglu_backward); PUT(distill_loss); PUT(teacher_targets);
+    PUT(qk_norm_forward); PUT(qk_norm_backward); PUT(rope_forward); PUT(rope_backward); PUT(swiglu_forward); PUT(swiglu_backward); PUT(distill_loss); PUT(teacher_targets); PUT(sample_targets);
     PUT(sum_rows); PUT(sum_squares); PUT(adamw); PUT(embed_forward); PUT(embed_backward); PUT(fill_zero); PUT(copy); PUT(upload); PUT(download); PUT(download_async);
 #undef PUT
     return &t->be;

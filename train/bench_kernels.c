@@ -139,7 +139,7 @@ CALL(call_loss)
 {
     struct kernels *k = context;
     call_refill(k);
-    k->op->distill_loss(BE, at(k, 0), at(k, 2), at(k, 3), &k->targets, &k->loss, k->R, k->V, k->Vv);
+    k->op->distill_loss(BE, at(k, 0), &(struct distill_losses){.kd = at(k, 2), .ce = at(k, 3)}, &k->targets, &k->loss, k->R, k->V, k->Vv);
 }
 
 /* What objective_run() does over HEAD_TOKENS positions; a teacher's chunks end in their targets. */
@@ -153,7 +153,7 @@ CALL(call_head)
         act *x = (act *)((char *)at(k, 4) + first);
         k->op->linear_forward(BE, logits, x, w, NULL, rows, k->C, k->V);
         if (k->teacher) { k->op->teacher_targets(BE, &k->out, logits, k->targets.labels, rows, k->V, k->Vv); continue; }
-        k->op->distill_loss(BE, logits, at(k, 2), at(k, 3), &k->targets, &k->loss, rows, k->V, k->Vv);
+        k->op->distill_loss(BE, logits, &(struct distill_losses){.kd = at(k, 2), .ce = at(k, 3)}, &k->targets, &k->loss, rows, k->V, k->Vv);
         k->op->linear_backward_weight(BE, at(k, 6), NULL, logits, x, rows, k->C, k->V);
         k->op->linear_backward_input(BE, (act *)((char *)at(k, 7) + first), logits, w, rows, k->C, k->V);
     }

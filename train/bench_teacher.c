@@ -96,7 +96,7 @@ static int by_phase(struct teaching *t)
 static void make_manifest(const struct teaching *t, int64_t rows, int64_t per_shard, struct shard_manifest *m)
 {
     const struct dump_options *o = &t->p->o;
-    *m = (struct shard_manifest){.kind = o->kind, .rows = rows, .row_length = o->row_length, .rows_per_shard = per_shard, .k = o->k, .n_temperatures = o->nT, .valid_vocab = (int32_t)o->Vv,
+    *m = (struct shard_manifest){.kind = o->kind, .rows = rows, .row_length = o->row_length, .rows_per_shard = per_shard, .k = o->k, .draws = o->draws, .n_temperatures = o->nT, .valid_vocab = (int32_t)o->Vv,
                                  .teacher_vocab = (int32_t)t->b.config->vocab_size, .packing = "benchmark", .teacher_name = "benchmark"};
     memcpy(m->temperatures, o->temperatures, sizeof m->temperatures);
 }
@@ -111,7 +111,9 @@ static int options(const struct bench *b, struct dump_options *o)
     for (int kind = 0; kind < SHARD_KIND_COUNT; kind++) if (!strcmp(c->shards_kind, shard_kind_name((enum shard_kind)kind))) o->kind = (enum shard_kind)kind;
     if (o->nT > SHARD_MAX_TEMPERATURES) return fail(ERR_USAGE, "shards.temperatures lists %d values; 1 to %d are possible", o->nT, SHARD_MAX_TEMPERATURES);
     for (int i = 0; i < o->nT; i++) o->temperatures[i] = (float)c->shards_temperatures.item[i];
-    if (o->kind != SHARD_FULL) o->k = c->shards_k < V ? (int)c->shards_k : (int)V;
+    if (shard_kind_has_head(o->kind)) o->k = c->shards_k < V ? (int)c->shards_k : (int)V;
+    o->draws = o->kind == SHARD_HYBRID ? (int)c->shards_m : o->kind == SHARD_SAMPLED ? (int)c->shards_draws : 0;
+    o->seed = 1;
     return OK;
 }
 
@@ -137,6 +139,7 @@ int bench_teacher(const struct config *c, const char *shape)
     printf("passes  %.2fM parameters, weights %s, %lld rows of %lld a pass, %s", (double)t.p->model->params->parameters / 1e6, t.p->o.weights == WEIGHTS_STREAMED ? "streamed" : "resident",
            (long long)batch, (long long)L, shard_kind_name(o.kind));
     if (o.k) printf(" %d", o.k);
+    if (o.draws) printf(" + %d draws", o.draws);
     printf(" at %d temperature%s\n", o.nT, o.nT > 1 ? "s" : "");
     fflush(stdout);
 

@@ -68,7 +68,7 @@ int bench_train(const struct config *c, const char *shape)
     static const char *const recompute[] = {"none", "swiglu_norm", "ffn", "block"};
     struct training t = {0};
     struct bench *b = &t.b;
-    struct distill_args loss = {.temperature = 1, .kd_weight = 1};
+    struct distill_args loss = {.tail = TAIL_BUCKET, .temperature = 1, .kd_weight = 1};
     struct adamw_args adamw = {.beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8, .weight_decay = 0.1, .clip = 1};
     int rc = OK, policy = 0;
     for (int i = 0; i < 4; i++) if (!strcmp(c->train_recompute, recompute[i])) policy = i;

@@ -15,18 +15,19 @@ enum { IN_FLIGHT = 2, MAX_FIELDS = 12 };
 struct field { void **device; void **host[IN_FLIGHT]; size_t bytes; };       /* bytes per position */
 
 /* What the host gets of a batch, [N, ...] each. */
-struct answer { int32_t *head_ids; float *head_logprob, *lse, *tail, *entropy, *label_logprob, *padding_mass; uint16_t *full; };
+struct answer { int32_t *head_ids, *draw_ids; uint8_t *draw_count; float *head_logprob, *draw_logprob, *lse, *tail, *entropy, *label_logprob, *padding_mass; uint16_t *full; };
 
 struct job { int64_t shard, first_row, rows; bool begins, ends; };
 
 struct dump_run {
     struct teacher_targets out;                /* device, one chunk */
+    struct sample_targets sample;              /* the same, for kinds that draw */
     struct answer answer[IN_FLIGHT];           /* pinned */
     struct field field[MAX_FIELDS]; int n_fields;
     struct batch *batch;
     /* what shard rows are made of: one batch, the thread's own */
     uint32_t *tokens[IN_FLIGHT]; uint8_t *loss_mask[IN_FLIGHT]; uint16_t *document[IN_FLIGHT];
-    uint16_t *head_logprob, *entropy, *label_logprob;
+    uint16_t *head_logprob, *draw_logprob, *entropy, *label_logprob;
 
     pthread_t thread; bool started;
     pthread_mutex_t lock, sink_lock;
@@ -57,7 +58,7 @@ static void add_field(struct dump_pipeline *p, void **device, size_t offset_in_a
         memory_add_host_slot(p->plan, "targets of two batches", "dump.batch_rows", f->host[i], (size_t)p->model->o.N * per_position);
     }
 }
-#define ADD(device_member, member, per_position) add_field(p, (void **)(void *)&p->run->out.device_member, offsetof(struct answer, member), per_position)
+#define ADD(source, member, per_position) add_field(p, (void **)(void *)&p->run->source, offsetof(struct answer, member), per_position)
 
 static void plan(struct dump_pipeline *p, const struct model_config *c, int64_t batch_rows, bool streamed)
 {
@@ -70,16 +71,22 @@ static void plan(struct dump_pipeline *p, const struct model_config *c, int64_t 
     p->plan = memory_plan_new(p->be);
     p->model = model_new(p->be, c, &m, p->plan);
     p->run->out = (struct teacher_targets){.nT = o->nT, .temperatures = p->o.temperatures, .K = o->k};
-    if (o->kind == SHARD_FULL) ADD(full, full, (size_t)o->Vv * sizeof(uint16_t));
-    else {
-        ADD(head_ids, head_ids, (size_t)o->k * sizeof(int32_t));
-        ADD(head_logprob, head_logprob, (size_t)o->k * sizeof(float));
-        ADD(tail_logmass, tail, nT * sizeof(float));
+    if (o->kind == SHARD_FULL) ADD(out.full, full, (size_t)o->Vv * sizeof(uint16_t));
+    if (o->k) {
+        ADD(out.head_ids, head_ids, (size_t)o->k * sizeof(int32_t));
+        ADD(out.head_logprob, head_logprob, (size_t)o->k * sizeof(float));
+        ADD(out.tail_logmass, tail, nT * sizeof(float));
     }
-    ADD(lse, lse, nT * sizeof(float));
-    ADD(entropy, entropy, sizeof(float));
-    ADD(label_logprob, label_logprob, sizeof(float));
-    ADD(padding_mass, padding_mass, sizeof(float));
+    p->run->sample = (struct sample_targets){.draws = o->draws, .K = o->k, .nT = o->nT, .temperature = o->temperatures[0], .seed = o->seed, .row_length = o->row_length};
+    if (o->draws) {
+        ADD(sample.ids, draw_ids, (size_t)o->draws * sizeof(int32_t));
+        ADD(sample.count, draw_count, (size_t)o->draws);
+    }
+    if (o->kind == SHARD_HYBRID) ADD(sample.logprob, draw_logprob, (size_t)o->draws * sizeof(float));
+    ADD(out.lse, lse, nT * sizeof(float));
+    ADD(out.entropy, entropy, sizeof(float));
+    ADD(out.label_logprob, label_logprob, sizeof(float));
+    ADD(out.padding_mass, padding_mass, sizeof(float));
     memory_add_scratch(p->plan, model_scratch_bytes(p->model, o->k));
     p->o.batch_rows = batch_rows;
     p->o.weights = streamed ? WEIGHTS_STREAMED : WEIGHTS_RESIDENT;
@@ -139,14 +146,15 @@ int dump_pipeline_ready(struct dump_pipeline *p)
     int rc = OK;
     TRY(memory_commit(p->plan, p->o.memory_limit));
     model_ready(p->model);
-    size_t N = (size_t)p->model->o.N, k = (size_t)p->o.k;
-    r->batch = batch_new(p->o.batch_rows, p->o.row_length, NULL);
+    size_t N = (size_t)p->model->o.N, k = (size_t)p->o.k, draws = (size_t)p->o.draws;
+    r->batch = batch_new(p->o.batch_rows, p->o.row_length, NULL, false);
     for (int i = 0; i < IN_FLIGHT; i++) {
         r->tokens[i] = xmalloc(N * sizeof *r->tokens[i]);
         r->loss_mask[i] = xmalloc(N);
         r->document[i] = xmalloc(N * sizeof *r->document[i]);
     }
     r->head_logprob = xmalloc((N * k + 1) * sizeof *r->head_logprob);
+    r->draw_logprob = xmalloc((N * draws + 1) * sizeof *r->draw_logprob);
     r->entropy = xmalloc(N * sizeof *r->entropy);
     r->label_logprob = xmalloc(N * sizeof *r->label_logprob);
     pthread_mutex_init(&r->lock, NULL);
@@ -175,6 +183,7 @@ void dump_pipeline_free(struct dump_pipeline *p)
     batch_free(r->batch);
     for (int i = 0; i < IN_FLIGHT; i++) { free(r->tokens[i]); free(r->loss_mask[i]); free(r->document[i]); }
     free(r->head_logprob);
+    free(r->draw_logprob);
     free(r->entropy);
     free(r->label_logprob);
     free(r->message);
@@ -190,8 +199,9 @@ static int hand_on(struct dump_pipeline *p, const struct job *j, int place)
     struct dump_run *r = p->run;
     const struct answer *a = &r->answer[place];
     int64_t L = p->o.row_length, n = j->rows * L;
-    size_t k = (size_t)p->o.k, nT = (size_t)p->o.nT;
+    size_t k = (size_t)p->o.k, nT = (size_t)p->o.nT, draws = (size_t)p->o.draws;
     double kept = 0, padding = 0;
+    int64_t drawn = 0;
     int rc = OK;
     for (int64_t i = 0; i < n; i++) {
         if (!isfinite(a->lse[(size_t)i * nT]))
@@ -200,6 +210,8 @@ static int hand_on(struct dump_pipeline *p, const struct job *j, int place)
         padding += (double)a->padding_mass[i];
     }
     if (k) to_half(r->head_logprob, a->head_logprob, (size_t)n * k);
+    if (a->draw_logprob) to_half(r->draw_logprob, a->draw_logprob, (size_t)n * draws);
+    for (size_t i = 0; i < (size_t)n * draws; i++) drawn += a->draw_count[i] != 0;
     to_half(r->entropy, a->entropy, (size_t)n);
     to_half(r->label_logprob, a->label_logprob, (size_t)n);
     pthread_mutex_lock(&r->sink_lock);
@@ -211,7 +223,13 @@ static int hand_on(struct dump_pipeline *p, const struct job *j, int place)
             row.tail = a->tail + (size_t)at * nT;
             row.head_ids = (uint32_t *)a->head_ids + (size_t)at * k;
             row.head_logprob = r->head_logprob + (size_t)at * k;
-        } else row.logits = a->full + at * p->o.Vv;
+        }
+        if (draws) {
+            row.draw_ids = (uint32_t *)a->draw_ids + (size_t)at * draws;
+            row.draw_count = a->draw_count + (size_t)at * draws;
+        }
+        if (a->draw_logprob) row.draw_logprob = r->draw_logprob + (size_t)at * draws;
+        if (a->full) row.logits = a->full + at * p->o.Vv;
         TRY(r->sink.put(r->sink.context, &row));
     }
     if (j->ends) TRY(r->sink.seal(r->sink.context));
@@ -221,6 +239,7 @@ out:
     pthread_mutex_lock(&r->lock);
     r->stats.rows += j->rows;
     r->stats.positions += n;
+    r->stats.drawn += drawn;
     r->stats.kept_mass += kept;
     r->stats.padding_mass += padding;
     pthread_mutex_unlock(&r->lock);
@@ -277,7 +296,17 @@ static void set_next_tokens(struct batch *b)
         for (int64_t i = b->doc_begin[doc]; i < b->doc_begin[doc + 1]; i++) b->labels[i] = i + 1 < b->doc_begin[doc + 1] ? b->tokens[i + 1] : -1;
 }
 
-static void compute(struct dump_pipeline *p, int place)
+/* Of the chunk's rows, whose first position counts from the beginning of the dataset. A second read of the logits: a thousandth of what making them cost. */
+static void draw(struct dump_pipeline *p, int64_t first, int64_t rows)
+{
+    struct sample_targets s = p->run->sample;
+    s.first = first;
+    s.head_ids = p->run->out.head_ids;
+    s.lse = p->run->out.lse;
+    p->be->ops->sample_targets(p->be, &s, p->model->logits, rows, p->model->c->vocab_size, p->o.Vv);
+}
+
+static void compute(struct dump_pipeline *p, int place, int64_t first_row)
 {
     struct dump_run *r = p->run;
     struct backend *be = p->be;
@@ -288,6 +317,7 @@ static void compute(struct dump_pipeline *p, int place)
         int64_t rows = m->n - first < m->o.head_rows ? m->n - first : m->o.head_rows;
         model_logits(m, first, rows);
         be->ops->teacher_targets(be, &r->out, m->logits, m->labels + first, rows, m->c->vocab_size, p->o.Vv);
+        if (p->o.draws) draw(p, first_row * p->o.row_length + first, rows);
         for (int f = 0; f < r->n_fields; f++) {
             const struct field *x = &r->field[f];
             be->ops->download_async(be, (char *)*x->host[place] + (size_t)first * x->bytes, *x->device, (size_t)rows * x->bytes);
@@ -313,7 +343,7 @@ int dump_submit(struct dump_pipeline *p, int64_t shard, bool begins, bool ends, 
     memcpy(r->tokens[place], tokens, (size_t)(n * L) * sizeof *tokens);
     memcpy(r->loss_mask[place], loss_mask, (size_t)(n * L));
     memcpy(r->document[place], document, (size_t)(n * L) * sizeof *document);
-    compute(p, place);
+    compute(p, place, first_row);
     pthread_mutex_lock(&r->lock);
     r->job[place] = (struct job){.shard = shard, .first_row = first_row, .rows = n, .begins = begins, .ends = ends};
     r->submitted++;

@@ -9,7 +9,8 @@
 
 struct dump_options {
     enum shard_kind kind;
-    int k, nT; float temperatures[SHARD_MAX_TEMPERATURES];
+    int k, draws, nT; float temperatures[SHARD_MAX_TEMPERATURES];
+    uint64_t seed;                     /* of the draws */
     int64_t Vv;                        /* valid ids */
     int64_t row_length;
     int64_t batch_rows;                /* rows of one pass; 0: as many as fit the device, up to what hides the streaming of weights */
@@ -26,7 +27,7 @@ struct dump_sink {
     int (*seal)(void *context);
 };
 
-struct dump_stats { int64_t rows, positions; double kept_mass, padding_mass; };   /* taken by the sink so far; sums over positions */
+struct dump_stats { int64_t rows, positions, drawn; double kept_mass, padding_mass; };   /* taken by the sink so far; sums over positions; drawn: different tokens */
 
 struct dump_pipeline;
 /* Chooses batch_rows and residence, and plans the memory: p->plan is complete but for what the caller adds. Nothing is allocated. */

@@ -17,7 +17,7 @@
 enum { DROPPED_BITS = 10, BINS = (0x3f800000 >> DROPPED_BITS) + 2 };      /* 0 .. 1.0, and rounding a hair above */
 
 struct survey {
-    int64_t rows, supervised, documents;
+    int64_t rows, supervised, documents, different;   /* different: ids among the draws of supervised positions */
     double entropy, label_logprob, kept;
     int64_t *bin;                             /* [BINS] supervised positions by tail mass; NULL: this kind has no tail */
 };
@@ -34,7 +34,10 @@ static void report_identity(struct report *r, const struct shard_dataset *d, con
     report_section(r, "dataset", path);
     report_text(r, "id", "identity", shard_dataset_id(d));
     json_object_set_new(r->section, "k", json_integer(m->k));
+    if (m->draws) json_object_set_new(r->section, "draws", json_integer(m->draws));
     if (m->kind == SHARD_FULL) report_text(r, "kind", "kind", shard_kind_name(m->kind));
+    else if (m->kind == SHARD_HYBRID) report_line(r, "kind", json_string("hybrid"), "kind", "hybrid, the best %d per position and %d draws from the rest", m->k, m->draws);
+    else if (m->kind == SHARD_SAMPLED) report_line(r, "kind", json_string("sampled"), "kind", "sampled, %d draws per position", m->draws);
     else report_line(r, "kind", json_string(shard_kind_name(m->kind)), "kind", "%s, %d per position", shard_kind_name(m->kind), m->k);
     for (int i = 0; i < m->n_temperatures; i++) {
         json_array_append_new(list, json_real(m->temperatures[i]));
@@ -115,6 +118,7 @@ static void survey_row(struct survey *s, const struct shard_manifest *m, const s
         s->supervised++;
         s->entropy += f16_to_float(row->entropy[t]);
         s->label_logprob += f16_to_float(row->label_logprob[t]);
+        for (int i = 0; i < m->draws && row->draw_count[t * m->draws + i]; i++) s->different++;
         if (!s->bin) continue;
         float tail = row->tail[t * m->n_temperatures], mass = expf(tail);
         s->bin[bin_of(mass)]++;
@@ -163,7 +167,7 @@ out:
     return rc;
 }
 
-static void report_survey(struct report *r, const struct survey *s)
+static void report_survey(struct report *r, const struct shard_manifest *m, const struct survey *s)
 {
     static const int percent[] = {1, 5, 25, 50, 75, 95, 99};
     report_section(r, "content", "content of the supervised positions");
@@ -182,7 +186,8 @@ static void report_survey(struct report *r, const struct survey *s)
         }
         report_line(r, "kept_mass", j, "kept mass", "%s", text);
         report_line(r, "kept_mass_mean", json_real(s->kept / n), "  mean", "%.5f", s->kept / n);
-    } else report_line(r, NULL, NULL, "kept mass", "all of it");
+    } else if (m->kind == SHARD_FULL) report_line(r, NULL, NULL, "kept mass", "all of it");
+    if (m->draws) report_line(r, "different_ids_mean", json_real((double)s->different / n), "different ids", "%.2f of %d draws on average", (double)s->different / n, m->draws);
     report_line(r, "entropy_mean", json_real(s->entropy / n), "teacher's entropy", "%.4f nats on average", s->entropy / n);
     report_line(r, "label_logprob_mean", json_real(s->label_logprob / n), "its log p(next token)", "%.4f on average: perplexity %.4g", s->label_logprob / n,
                 exp(-s->label_logprob / n));
@@ -237,16 +242,20 @@ static int by_probability(const void *a, const void *b)
 static int choices_at(const struct shard_manifest *m, const struct shard_row *row, int64_t t, int top, struct choice *out)
 {
     int n = 0;
-    if (m->kind == SHARD_TOPK) {
+    if (shard_kind_has_head(m->kind)) {
         for (; n < top && n < m->k; n++) out[n] = (struct choice){row->head_ids[t * m->k + n], expf(f16_to_float(row->head_logprob[t * m->k + n]))};
         return n;
     }
-    for (int64_t v = 0; v < m->valid_vocab; v++) {            /* insertion into a short list: top is small */
-        struct choice c = {(uint32_t)v, expf(f16_to_float(row->logits[t * m->valid_vocab + v]) - row->lse[t * m->n_temperatures])};
+    bool drawn = m->kind == SHARD_SAMPLED;                    /* then the shares of the draws stand for the probabilities */
+    for (int64_t v = 0; v < (drawn ? m->draws : m->valid_vocab); v++) {            /* insertion into a short list: top is small */
+        int64_t at = t * m->draws + v;
+        if (drawn && !row->draw_count[at]) break;
+        struct choice c = drawn ? (struct choice){row->draw_ids[at], (float)row->draw_count[at] / (float)m->draws}
+                                : (struct choice){(uint32_t)v, expf(f16_to_float(row->logits[t * m->valid_vocab + v]) - row->lse[t * m->n_temperatures])};
         if (n == top && by_probability(&out[n - 1], &c) < 0) continue;
-        int at = n < top ? n++ : n - 1;
-        for (; at > 0 && by_probability(&c, &out[at - 1]) < 0; at--) out[at] = out[at - 1];
-        out[at] = c;
+        int place = n < top ? n++ : n - 1;
+        for (; place > 0 && by_probability(&c, &out[place - 1]) < 0; place--) out[place] = out[place - 1];
+        out[place] = c;
     }
     return n;
 }
@@ -258,17 +267,38 @@ static void print_padded(const char *text, int width)
 
 enum { NAME_WIDTH = 18 };
 
+/* What was drawn from the tail: how often, and how likely it is. */
+static void report_draws(struct report *r, json_t *position, const struct tokenizer *names, const struct shard_manifest *m, const struct shard_row *row, int64_t t)
+{
+    json_t *list = json_array();
+    for (int64_t i = t * m->draws; i < (t + 1) * m->draws && row->draw_count[i]; i++) {
+        char *name = name_of(names, row->draw_ids[i]);
+        double p = exp(f16_to_float(row->draw_logprob[i]));
+        json_t *c = json_pack("{s:I, s:i, s:f}", "id", (json_int_t)row->draw_ids[i], "count", (int)row->draw_count[i], "p", p);
+        set_text(c, names, row->draw_ids[i]);
+        json_array_append_new(list, c);
+        if (!r->json) {
+            printf("%s%s", i == t * m->draws ? "  drawn: " : "  ", name);
+            if (row->draw_count[i] > 1) printf(" x%d", row->draw_count[i]);
+            printf(" %.2g", p);
+        }
+        free(name);
+    }
+    json_object_set_new(position, "drawn", list);
+}
+
 static void report_position(struct report *r, json_t *list, const struct tokenizer *names, const struct shard_manifest *m, const struct shard_row *row,
                             int64_t t, int64_t position, int top)
 {
     struct choice choice[SHARD_MAX_K];
     bool next = t + 1 < m->row_length && row->document[t + 1] == row->document[t];
     int n = choices_at(m, row, t, top, choice);
-    double kept = m->kind == SHARD_TOPK ? -expm1(fminf(row->tail[t * m->n_temperatures], 0)) : 1, entropy = f16_to_float(row->entropy[t]);
+    double kept = shard_kind_has_head(m->kind) ? -expm1(fminf(row->tail[t * m->n_temperatures], 0)) : 1, entropy = f16_to_float(row->entropy[t]);
     char *token = name_of(names, row->tokens[t]), *after = next ? name_of(names, row->tokens[t + 1]) : xstrdup("-");
-    json_t *j = json_pack("{s:I, s:i, s:I, s:I, s:b, s:f, s:f}", "index", (json_int_t)t, "document", (int)row->document[t], "position", (json_int_t)position,
+    json_t *j = json_pack("{s:I, s:i, s:I, s:I, s:b, s:f}", "index", (json_int_t)t, "document", (int)row->document[t], "position", (json_int_t)position,
                           "token", (json_int_t)row->tokens[t],
-                          "supervised", row->loss_mask[t], "kept_mass", kept, "entropy", entropy), *top_list = json_array();
+                          "supervised", row->loss_mask[t], "entropy", entropy), *top_list = json_array();
+    if (m->kind != SHARD_SAMPLED) json_object_set_new(j, "kept_mass", json_real(kept));
     set_text(j, names, row->tokens[t]);
     if (next) {
         json_object_set_new(j, "next", json_integer(row->tokens[t + 1]));
@@ -280,7 +310,8 @@ static void report_position(struct report *r, json_t *list, const struct tokeniz
         printf("  %s  ", row->loss_mask[t] ? "*" : " ");
         print_padded(after, NAME_WIDTH);
         if (next) printf("  %7.4f", (double)expf(f16_to_float(row->label_logprob[t]))); else printf("  %7s", "-");
-        printf("  %6.4f  %6.3f  ", kept, entropy);
+        if (m->kind != SHARD_SAMPLED) printf("  %6.4f", kept); else printf("  %6s", "-");
+        printf("  %6.3f  ", entropy);
     }
     for (int i = 0; i < n; i++) {
         char *name = name_of(names, choice[i].id);
@@ -290,6 +321,7 @@ static void report_position(struct report *r, json_t *list, const struct tokeniz
         if (!r->json) printf("%s%s %.4f", i ? "  " : "", name, (double)choice[i].p);
         free(name);
     }
+    if (m->kind == SHARD_HYBRID) report_draws(r, j, names, m, row, t);
     if (!r->json) putchar('\n');
     json_object_set_new(j, "top", top_list);
     json_array_append_new(list, j);
@@ -367,9 +399,9 @@ int inspect_dataset(struct report *r, const struct inspect_options *o, const cha
         report_section(r, "shard", file);
     } else report_section(r, "sealed", "sealed shards");
     report_progress(r, d, shard);
-    if (shard_dataset_manifest(d)->kind == SHARD_TOPK) s.bin = xcalloc(BINS, sizeof *s.bin);
+    if (shard_kind_has_head(shard_dataset_manifest(d)->kind)) s.bin = xcalloc(BINS, sizeof *s.bin);
     TRY(survey_rows(r, d, shard, &s));
-    report_survey(r, &s);
+    report_survey(r, shard_dataset_manifest(d), &s);
 out:
     free(file);
     free(s.bin);

@@ -25,7 +25,7 @@ struct dump {
     struct corpus_rows *train, *heldout;
     int64_t Vv;
     enum shard_kind kind;
-    int k, nT; float temperatures[SHARD_MAX_TEMPERATURES];
+    int k, draws, nT; float temperatures[SHARD_MAX_TEMPERATURES];
     char weights_hash[SHA256_HEX];            /* reads every weight once: taken once for both datasets */
 
     struct backend *be;
@@ -60,11 +60,14 @@ out:
 static int read_kind(struct dump *d)
 {
     const struct config *c = d->c;
-    d->kind = !strcmp(c->shards_kind, "full") ? SHARD_FULL : SHARD_TOPK;
-    d->k = d->kind == SHARD_TOPK ? (int)c->shards_k : 0;
+    for (d->kind = 0; strcmp(c->shards_kind, shard_kind_name(d->kind)); d->kind++) {}
+    d->k = shard_kind_has_head(d->kind) ? (int)c->shards_k : 0;
+    d->draws = d->kind == SHARD_HYBRID ? (int)c->shards_m : d->kind == SHARD_SAMPLED ? (int)c->shards_draws : 0;
     d->nT = c->shards_temperatures.n;
     if (d->nT < 1 || d->nT > SHARD_MAX_TEMPERATURES) return fail(ERR_USAGE, "shards.temperatures lists %d values; 1 to %d are possible", d->nT, SHARD_MAX_TEMPERATURES);
     for (int i = 0; i < d->nT; i++) d->temperatures[i] = (float)c->shards_temperatures.item[i];
+    if (d->kind == SHARD_SAMPLED && d->nT > 1)
+        return fail(ERR_USAGE, "shards.temperatures lists %d values, but draws serve only the temperature they are made at: list one, or use shards.kind hybrid, which serves every one listed", d->nT);
     if (d->k > d->Vv) return fail(ERR_USAGE, "shards.k is %d, but the teacher has only %lld valid ids", d->k, (long long)d->Vv);
     return OK;
 }
@@ -75,7 +78,7 @@ static int plan_memory(struct dump *d)
     int rc = OK;
     struct backend_options device = {.device = c->run_device, .threads = (int)c->run_threads};
     TRY(backend_open(&d->be, &device));
-    struct dump_options o = {.kind = d->kind, .k = d->k, .nT = d->nT, .Vv = d->Vv, .row_length = c->corpus_row_length, .batch_rows = c->dump_batch_rows, .chunk_tokens = c->dump_chunk_tokens,
+    struct dump_options o = {.kind = d->kind, .k = d->k, .draws = d->draws, .seed = (uint64_t)c->run_seed, .nT = d->nT, .Vv = d->Vv, .row_length = c->corpus_row_length, .batch_rows = c->dump_batch_rows, .chunk_tokens = c->dump_chunk_tokens,
                              .weights = !strcmp(c->teacher_weights, "resident") ? WEIGHTS_RESIDENT : !strcmp(c->teacher_weights, "streamed") ? WEIGHTS_STREAMED : WEIGHTS_AUTO,
                              .memory_limit = (size_t)(c->memory_limit_gib * 0x1p30)};
     memcpy(o.temperatures, d->temperatures, sizeof o.temperatures);
@@ -87,7 +90,7 @@ out:
 static int make_manifest(const struct dump *d, const struct corpus_rows *rows, struct shard_manifest *m)
 {
     const struct config *c = d->c;
-    *m = (struct shard_manifest){.kind = d->kind, .rows = rows->rows, .row_length = rows->length, .rows_per_shard = c->shards_rows_per_shard < rows->rows ? c->shards_rows_per_shard : rows->rows, .k = d->k, .n_temperatures = d->nT,
+    *m = (struct shard_manifest){.kind = d->kind, .rows = rows->rows, .row_length = rows->length, .rows_per_shard = c->shards_rows_per_shard < rows->rows ? c->shards_rows_per_shard : rows->rows, .k = d->k, .draws = d->draws, .n_temperatures = d->nT,
                                  .valid_vocab = (int32_t)d->Vv, .teacher_vocab = (int32_t)d->files->config->vocab_size, .seed = (uint64_t)c->run_seed, .text_bytes = rows->bytes};
     memcpy(m->temperatures, d->temperatures, sizeof m->temperatures);
     model_config_hash(d->files->config, m->teacher_config_hash);
@@ -207,7 +210,7 @@ out:
 
 static void print_plan(const struct dump *d)
 {
-    struct shard_manifest m = {.kind = d->kind, .rows = d->train->rows, .row_length = d->train->length, .rows_per_shard = d->train->rows ? d->train->rows : 1, .k = d->k, .n_temperatures = d->nT,
+    struct shard_manifest m = {.kind = d->kind, .rows = d->train->rows, .row_length = d->train->length, .rows_per_shard = d->train->rows ? d->train->rows : 1, .k = d->k, .draws = d->draws, .n_temperatures = d->nT,
                                .valid_vocab = (int32_t)d->Vv};
     double tokens = (double)(d->train->rows * d->train->length), bytes = d->train->rows ? (double)shard_bytes(&m, 0) / tokens : 0, flops = model_config_forward_flops(d->files->config, d->train->length);
     int64_t heldout = d->heldout ? d->heldout->rows : 0;
@@ -215,9 +218,11 @@ static void print_plan(const struct dump *d)
            (long long)d->files->config->vocab_size);
     printf("corpus    %lld documents, %lld rows of %lld for training, %lld held out; %lld supervised positions\n", (long long)d->train->documents, (long long)d->train->rows,
            (long long)d->train->length, (long long)heldout, (long long)d->train->targets);
+    const char *most = d->kind == SHARD_SAMPLED ? " at most" : "";        /* what is drawn twice is stored once */
     printf("shards    %s", shard_kind_name(d->kind));
     if (d->k) printf(" %d", d->k);
-    printf(", %.0f bytes per token, %.2f GiB in all; %.3g FLOP per token\n", bytes, bytes * (tokens + (double)(heldout * d->train->length)) / 0x1p30, flops);
+    if (d->draws) printf(d->k ? " + %d draws" : ", %d draws", d->draws);
+    printf(",%s %.0f bytes per token, %.2f GiB in all; %.3g FLOP per token\n", most, bytes, bytes * (tokens + (double)(heldout * d->train->length)) / 0x1p30, flops);
     printf("pass      %lld rows at a time; weights %s\n", (long long)d->pipeline->o.batch_rows, d->pipeline->o.weights == WEIGHTS_STREAMED ? "streamed from host memory, block by block" : "resident");
     memory_print(d->pipeline->plan, stdout);
 }
@@ -240,6 +245,7 @@ static int run(struct dump *d)
     if (stats.positions) {
         printf("done      %lld positions dumped by this run", (long long)stats.positions);
         if (d->k) printf(", the top %d keep %.4f of the mass on average", d->k, stats.kept_mass / (double)stats.positions);
+        if (d->draws) printf(", %d draws are %.1f different tokens", d->draws, (double)stats.drawn / (double)stats.positions);
         printf("; %lld padding columns masked, they held %.2e of the mass\n", (long long)(d->files->config->vocab_size - d->Vv), stats.padding_mass / (double)stats.positions);
     }
 out:

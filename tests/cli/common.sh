@@ -63,7 +63,7 @@ EOF
     { cat base.yaml; cat <<EOF
 teacher: {path: teacher}
 student: {init: scratch, config: student-shape/config.json}
-shards: {path: logits, k: 8, rows_per_shard: 8, temperatures: [1.0, 2.0]}
+shards: {path: logits, kind: topk, k: 8, rows_per_shard: 8, temperatures: [1.0, 2.0]}
 optimizer: {lr: 0.01}
 schedule: {kind: constant}
 dump: {batch_rows: 2, chunk_tokens: 64}

@@ -33,19 +33,43 @@ grep -qi 'retained' eval.log && grep -q '"' eval.json || fail "eval: $(cat eval.
 grep -q 'is biased' run3.err || fail "renormalise does not warn"
 "$distill" teacher-dump config.yaml --set shards.path=full --set shards.kind=full >full.log || fail "full dump"
 for divergence in forward_kl reverse_kl jsd skew_kl tvd; do
-    "$distill" train config.yaml --set run.dir=run-$divergence --set shards.path=full --set objective.divergence=$divergence --set train.steps=3 >$divergence.log || fail "$divergence on full targets"
+    "$distill" train config.yaml --set run.dir=run-$divergence --set shards.path=full --set shards.kind=full --set objective.divergence=$divergence --set train.steps=3 >$divergence.log || fail "$divergence on full targets"
 done
+for kind in hybrid sampled; do                                # draws: forward KL, right on average
+    [ $kind = sampled ] && list='[1.0]' || list='[1.0, 2.0]'
+    settings=(--set shards.path=$kind --set shards.kind=$kind --set shards.m=12 --set shards.draws=20 --set "shards.temperatures=$list")
+    "$distill" teacher-dump config.yaml "${settings[@]}" >$kind.log || fail "$kind dump"
+    "$distill" train config.yaml "${settings[@]}" --set run.dir=run-$kind --set train.steps=6 >$kind.log || fail "training from $kind: $(tail -1 $kind.log)"
+    grep -q "tail unbiased of $kind targets" $kind.log && grep -q 'held-out at step 6' $kind.log && grep -q '^alignment next token' $kind.log || fail "$kind: $(cat $kind.log)"
+    expect_exit 6 'only forward_kl is linear' "$distill" train config.yaml "${settings[@]}" --set run.dir=x --set objective.divergence=jsd
+done
+"$distill" train config.yaml --set shards.path=hybrid --set shards.kind=hybrid --set run.dir=head --set objective.tail=bucket --set objective.divergence=jsd --set objective.temperature=2 --set train.steps=3 >head.log ||
+    fail "the head of hybrid with a bucket"
+expect_exit 6 'shards.kind is full, hybrid holds hybrid' "$distill" train config.yaml --set shards.path=hybrid --set shards.kind=full --set run.dir=x
+expect_exit 6 'there is no head' "$distill" train config.yaml --set shards.path=sampled --set shards.kind=sampled --set run.dir=x --set objective.tail=bucket
+expect_exit 6 'nothing is missing' "$distill" train config.yaml --set shards.path=full --set shards.kind=full --set run.dir=x --set objective.tail=drop
+for objective in 'reverse_kl' '0.7 forward_kl + 0.3 reverse_kl' 'jsd' '0.5 skew_kl + 0.5 tvd'; do       # of the top 8 and one outcome for the rest
+    rm -rf bucket
+    "$distill" train config.yaml --set run.dir=bucket --set "objective.divergence=$objective" --set train.steps=3 --set objective.ce_weight=0.1 >bucket.log || fail "$objective on top-k targets"
+    grep -q "objective 1 x .*, tail bucket of topk targets; 0.1 x cross entropy" bucket.log || fail "the plan does not name the objective: $(grep objective bucket.log)"
+done
+"$distill" train config.yaml --set run.dir=floor --set objective.divergence=reverse_kl --set objective.tail=renormalise --set objective.floor=0.01 --set train.steps=2 >floor.log 2>&1 || fail "reverse_kl with a floor"
+# both parts' shares of the gradient: in the progress line, and adding up to 1 in the metrics
+grep -qE 'step 3/3 .* kd [0-9.]+ \([0-9]+ %\)  ce [0-9.]+ \([0-9]+ %\)' bucket.log || fail "no shares in: $(tail -2 bucket.log)"
+tail -1 bucket/metrics.jsonl | grep -oE '"train/(kd|ce)_share": [0-9.e-]+' | awk '{ n++; s += $2; bad += !($2 > 0 && $2 < 1) } END { exit bad || n != 2 || s < 0.999999 || s > 1.000001 }' ||
+    fail "shares: $(tail -1 bucket/metrics.jsonl)"
+grep -q '^alignment next token' bucket.log || fail "no word about the alignment of targets and tokens"
 # at another listed temperature than the first: the same targets, however they are stored
 "$distill" teacher-dump config.yaml --set shards.path=full2 --set shards.kind=full --set 'shards.temperatures=[2.0, 1.0]' >full2.log || fail "full dump at 2"
 for path in full full2; do
-    "$distill" train config.yaml --set run.dir=temperature-$path --set shards.path=$path --set objective.temperature=2 --set train.steps=2 >temperature.log || fail "temperature 2 from $path"
+    "$distill" train config.yaml --set run.dir=temperature-$path --set shards.path=$path --set shards.kind=full --set objective.temperature=2 --set train.steps=2 >temperature.log || fail "temperature 2 from $path"
 done
 kd() { grep -o '"train/kd": *[0-9.e-]*' $1/metrics.jsonl | tail -1 | grep -o '[0-9.e-]*$'; }
 awk -v a="$(kd temperature-full)" -v b="$(kd temperature-full2)" 'BEGIN { d = a / b - 1; exit !(b > 0 && d < 2e-3 && d > -2e-3) }' ||
     fail "kd at temperature 2 is $(kd temperature-full) from logits over 1, $(kd temperature-full2) from logits over 2"
 # and nearly the same as the 256 best of 300 with the rest in a bucket
 "$distill" teacher-dump config.yaml --set shards.path=most --set shards.k=256 >most.log || fail "top 256"
-"$distill" train config.yaml --set run.dir=temperature-most --set shards.path=most --set objective.temperature=2 --set train.steps=2 >most.log || fail "temperature 2 from the top 256"
+"$distill" train config.yaml --set run.dir=temperature-most --set shards.path=most --set shards.k=256 --set objective.temperature=2 --set train.steps=2 >most.log || fail "temperature 2 from the top 256"
 awk -v a="$(kd temperature-full)" -v b="$(kd temperature-most)" 'BEGIN { d = b / a - 1; exit !(a > 0 && d < 1e-3 && d > -0.03) }' || fail "kd is $(kd temperature-full) from full logits, $(kd temperature-most) from the top 256"
 # how a step is cut into passes and chunks is no part of the objective; what is computed again is the same to the bit
 for way in 'train.micro_rows=1 train.chunk_tokens=1000' 'train.micro_rows=4 train.chunk_tokens=7' 'train.recompute=block' 'train.recompute=ffn' 'train.recompute=swiglu_norm'; do

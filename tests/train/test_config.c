@@ -45,7 +45,8 @@ Test(config, defaults)
     cr_expect_eq(c->shards_temperatures.n, 1);
     cr_expect_eq(c->shards_temperatures.item[0], 1.0);
     cr_expect(c->corpus_append_eos && !c->corpus_prepend_bos && c->corpus_shuffle);
-    cr_expect_eq(c->shards_k, 64);
+    cr_expect_str_eq(c->shards_kind, "hybrid");
+    cr_expect(c->shards_k == 32 && c->shards_m == 32 && c->shards_draws == 50);
     config_free(c);
     config_free(NULL);
 }
@@ -168,8 +169,9 @@ Test(config, refusals_name_line_and_remedy)
     refused("run:\n  device: gpu\n", "configs/x.yaml:2: run.device must be one of cpu|cuda|not 'gpu'");
     refused("run:\n  device: CPU\n", "must be one of cpu");
     refused("run:\n  resume: maybe\n", "run.resume must be true or false, not 'maybe'");
-    refused("shards:\n  kind: hybrid\n", "configs/x.yaml:2: shards.kind: hybrid is not in this version|topk|full");
-    refused("shards:\n  kind: sampled\n", "sampled is not in this version");
+    refused("shards:\n  kind: zip\n", "configs/x.yaml:2: shards.kind must be one of hybrid|topk|sampled|full|not 'zip'");
+    refused("shards:\n  m: 0\n", "shards.m = 0 is out of range");
+    refused("shards:\n  draws: 256\n", "at most 255");
     refused("train:\n  steps:\n", "configs/x.yaml:2: train.steps has no value");
     refused("train:\n  steps: null\n", "has no value");
     refused("teacher:\n  path: ~\n", "teacher.path has no value|''");

@@ -14,7 +14,7 @@ static const char *const members[] = {NULL, "\"attention_bias\": true, \"mlp_bia
 enum { N_ARCHITECTURES = 4 };
 static const int documents[] = {1, 9, 5, 8, 0};      /* one of length 1, rows of 23 */
 
-static const struct distill_args mixed = {.temperature = 2, .kd_weight = 0.7f, .ce_weight = 0.3f};
+static const struct distill_args mixed = {.tail = TAIL_BUCKET, .temperature = 2, .kd_weight = 0.7f, .ce_weight = 0.3f};
 
 /* The loss of a model whose weights were changed along a random direction, against the gradient: central differences on the whole network. */
 Test(model, gradient_agrees_with_differences)
