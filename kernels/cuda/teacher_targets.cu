@@ -3,8 +3,8 @@
  *
  * 1. A first part of the row is held in registers, two maxima a thread. The K-th largest of these has at least K logits at or above it, so
  *    it is a floor: nothing below it is among the K largest of the row.
- * 2. The row streams through. Vectors that hold a logit at or above the floor are noted in shared memory (some hundred of 19,008) and opened afterwards, into
- *    the list; every logit below it adds 2^{c (t - floor)} to a running sum per temperature. All exponents are <= 0, so no maximum has to be tracked.
+ * 2. The row streams through. Where a thread's four vectors hold a logit at or above the floor, that is noted in shared memory and opened afterwards, into the
+ *    list (some hundred logits of 152,064); every logit below it adds 2^{c (t - floor)} to a running sum per temperature. All exponents are <= 0, so no maximum has to be tracked.
  * 3. The K-th largest logit of the list parts it; what reaches that is sorted by (logit, lower id), and its first K are the head. The tail's mass
  *    is the rest's sum plus the list beyond the head: summed over the complement, never a difference.
  * The loop is short of exponentials (16 a clock) and of instructions: a temperature half of the one before in order takes the square of its exponential, and
@@ -12,7 +12,7 @@
  * beside the floor is done again from memory: radix selection of the K-th (logit, id), then sums relative to the rest's own maximum. */
 #include "kernels/cuda/row_stats.cuh"
 
-enum { THREADS = 256, BLOCKS = 4, LIST = 3072, SORTED = 512, MAX_K = 256, MAX_T = 8, HELD = 8, BATCH = 4 };
+enum { THREADS = 256, BLOCKS = 4, LIST = 4096, SORTED = 512, MAX_K = 256, MAX_T = 8, BATCH = 4 };
 constexpr float GONE = -1e30f;          /* stands in for a logit that is counted elsewhere: exponentials of it are 0, and 0 * GONE is 0 */
 constexpr float TINY = 1e-30f;          /* below it a sum relative to the floor has lost its digits to underflow */
 
@@ -28,7 +28,7 @@ struct targets_out { int32_t *head_ids; float *head_logprob, *lse, *tail_logmass
 struct targets_shared {
     unsigned long long list[LIST];      /* (ordered logit, ~id): descending order is the ranking */
     unsigned long long sorted[SORTED];  /* of the list, what the head is taken from */
-    int hit[LIST], hits;                /* first elements of vectors that hold a logit for the list */
+    int hit[LIST], hits;                /* first vectors of batches that hold a logit for the list */
     int reach[32], reaching;
     double partial[THREADS / 32][MAX_T + 2], total[MAX_T + 2], lse[MAX_T + 1];
     unsigned histogram[256];
@@ -52,19 +52,37 @@ template <typename T> __device__ __forceinline__ float kth_of_threads(float x, f
     return __uint_as_float((prefix & 0x8000u ? prefix & 0x7fffu : ~prefix & 0xffffu) << 16);
 }
 
-/* the largest of a vector, as it lies in memory */
-template <typename T, int W> __device__ __forceinline__ float largest(const packed<T, W> &v)
+/* -infinity becomes GONE, two bf16 at a time: then y (t c - shift) is 0 where y is. NaN stays NaN. */
+template <typename T, int W> __device__ __forceinline__ void make_finite(packed<T, W> &v)
 {
-    float t[W];
+    if constexpr (sizeof(T) == 2 && W % 2 == 0) {
+        const __nv_bfloat162 gone = __float2bfloat162_rn(GONE);
+        #pragma unroll
+        for (int i = 0; i < W / 2; i++) {
+            __nv_bfloat162 x = __hmax2_nan(*reinterpret_cast<const __nv_bfloat162 *>(&v.word[i]), gone);
+            v.word[i] = *reinterpret_cast<const uint32_t *>(&x);
+        }
+    }
+}
+template <typename T, int W> __device__ __forceinline__ float finite(float t) { return sizeof(T) == 2 && W % 2 == 0 ? t : t < GONE ? GONE : t; }
+
+/* the largest of n vectors */
+template <typename T, int W, int N> __device__ __forceinline__ float largest(const packed<T, W> (&v)[N])
+{
     if constexpr (sizeof(T) == 2 && W == 8) {
-        const __nv_bfloat162 *p = reinterpret_cast<const __nv_bfloat162 *>(v.word);
-        __nv_bfloat162 m = __hmax2(__hmax2(p[0], p[1]), __hmax2(p[2], p[3]));
+        __nv_bfloat162 m = *reinterpret_cast<const __nv_bfloat162 *>(&v[0].word[0]);
+        #pragma unroll
+        for (int i = 1; i < 4 * N; i++) m = __hmax2(m, *reinterpret_cast<const __nv_bfloat162 *>(&v[i / 4].word[i % 4]));
         return fmaxf(__low2float(m), __high2float(m));
     }
-    unpack<T, W>(t, v);
-    float most = t[0];
+    float most = -CUDART_INF_F;
     #pragma unroll
-    for (int i = 1; i < W; i++) most = fmaxf(most, t[i]);
+    for (int n = 0; n < N; n++) {
+        float t[W];
+        unpack<T, W>(t, v[n]);
+        #pragma unroll
+        for (int i = 0; i < W; i++) most = fmaxf(most, t[i]);
+    }
     return most;
 }
 
@@ -196,22 +214,29 @@ __device__ __noinline__ void row_again(targets_shared &s, float &floor, const T 
     block_totals(s, sum, SLOTS + 1);
 }
 
-template <typename T, int W, int SLOTS, int SQUARES>
+/* T0: the slot of the first temperature, -1: whichever the shape says. Bit i of SQUARES: slot i takes the square of slot i - 1. */
+template <typename T, int W, int SLOTS, int SQUARES, int T0>
 __global__ void __launch_bounds__(THREADS, BLOCKS) teacher_targets_kernel(targets_out out, const T *__restrict__ logits, const int32_t *labels, const __grid_constant__ targets_shape shape, int64_t V, int Vv)
 {
     extern __shared__ __align__(16) unsigned char memory[];
     targets_shared &s = *reinterpret_cast<targets_shared *>(memory);
     int64_t n = blockIdx.x;
     const T *row = logits + n * V;
-    int K = shape.K > 0 ? shape.K : 1, vectors = Vv / W, T0_slot = shape.slot_of[0];
+    int K = shape.K > 0 ? shape.K : 1, vectors = Vv / W;
+    const int T0_slot = T0 >= 0 ? T0 : shape.slot_of[0];
 
     /* 1: the first part of the row, and the floor */
-    packed<T, W> held[HELD];
-    float most[2] = {-CUDART_INF_F, -CUDART_INF_F};
+    packed<T, W> held[2][BATCH], missing;
     #pragma unroll
-    for (int h = 0; h < HELD; h++) if (h * THREADS + threadIdx.x < vectors) held[h] = load_packed<T, W>(row + (h * THREADS + threadIdx.x) * W);
+    for (int i = 0; i < (int)(sizeof missing.word / 4); i++) missing.word[i] = sizeof(T) == 2 ? 0xff80ff80u : 0xff800000u;      /* -infinity */
     #pragma unroll
-    for (int h = 0; h < HELD; h++) if (h * THREADS + threadIdx.x < vectors) most[h / (HELD / 2)] = fmaxf(most[h / (HELD / 2)], largest<T, W>(held[h]));
+    for (int h = 0; h < 2; h++)
+        #pragma unroll
+        for (int b = 0; b < BATCH; b++) {
+            int at = (h * BATCH + b) * THREADS + (int)threadIdx.x;
+            held[h][b] = at < vectors ? load_packed<T, W>(row + at * W) : missing;
+        }
+    float most[2] = {largest<T, W, BATCH>(held[0]), largest<T, W, BATCH>(held[1])};
     if (threadIdx.x == 0) s.count = s.hits = 0;
     float reached = kth_of_threads<T>(most[0], most[1], K), floor = reached > -CUDART_INF_F ? reached : 0;
 
@@ -226,6 +251,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) teacher_targets_kernel(target
     auto add = [&](float t) {                               /* everything else; NaN too, which reaches nothing */
         float y[SLOTS], e = 0, y0 = 0, e0 = 0;
         bool below = !(t >= reached);
+        t = finite<T, W>(t);
         #pragma unroll
         for (int k = 0; k < SLOTS; k++) {
             if (SQUARES >> k & 1) y[k] = y[k - 1] * y[k - 1];
@@ -234,54 +260,55 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) teacher_targets_kernel(target
                 y[k] = exp2_fast(e);
             }
             if (below) sum[k] += y[k];
-            if (SLOTS == 1 || k == T0_slot) { y0 = y[k]; e0 = e; }
+            if (k == T0_slot) { y0 = y[k]; e0 = e; }
         }
-        if (below && shape.entropy) sum[SLOTS] = fmaf(y0, fmaxf(e0, GONE), sum[SLOTS]);
+        if (below) sum[SLOTS] = fmaf(y0, e0, sum[SLOTS]);
     };
-    /* vectors at, at + THREADS, ...: one reservation of places for all of them, because nearly every warp has a hit among them */
-    auto consume = [&](const packed<T, W> (&v)[BATCH], int at, int last) {
-        bool hit[BATCH];
-        int hits = 0;
+    /* Nearly every warp has a hit among its 32 x BATCH vectors: one note for all of a thread's. */
+    auto consume = [&](packed<T, W> (&v)[BATCH], int at) {
         #pragma unroll
-        for (int b = 0; b < BATCH; b++) {
-            hit[b] = at + b * THREADS < last && largest<T, W>(v[b]) >= reached;
-            hits += hit[b];
-        }
-        if (hits) {
-            int to = atomicAdd(&s.hits, hits);
-            #pragma unroll
-            for (int b = 0; b < BATCH; b++) if (hit[b] && to < LIST) s.hit[to++] = (at + b * THREADS) * W;
+        for (int b = 0; b < BATCH; b++) make_finite<T, W>(v[b]);
+        if (largest<T, W, BATCH>(v) >= reached) {
+            int to = atomicAdd(&s.hits, 1);
+            if (to < LIST) s.hit[to] = at;
         }
         #pragma unroll
         for (int b = 0; b < BATCH; b++) {
-            if (at + b * THREADS >= last) break;
             float t[W];
             unpack<T, W>(t, v[b]);
             #pragma unroll
             for (int i = 0; i < W; i++) add(t[i]);
         }
     };
-    static_assert(HELD == 2 * BATCH, "what is held is consumed in two batches");
-    consume(*reinterpret_cast<const packed<T, W> (*)[BATCH]>(&held[0]), (int)threadIdx.x, vectors);
-    consume(*reinterpret_cast<const packed<T, W> (*)[BATCH]>(&held[BATCH]), BATCH * THREADS + (int)threadIdx.x, vectors);
-    for (int at = HELD * THREADS + (int)threadIdx.x; at < vectors; at += BATCH * THREADS) {
+    int at = (int)threadIdx.x;
+    #pragma unroll
+    for (int h = 0; h < 2; h++, at += BATCH * THREADS) consume(held[h], at);
+    for (; at - (int)threadIdx.x + BATCH * THREADS <= vectors; at += BATCH * THREADS) {
         packed<T, W> v[BATCH];
         #pragma unroll
-        for (int b = 0; b < BATCH; b++) if (at + b * THREADS < vectors) v[b] = load_packed<T, W>(row + (at + b * THREADS) * W);
-        consume(v, at, vectors);
+        for (int b = 0; b < BATCH; b++) v[b] = load_packed<T, W>(row + (at + b * THREADS) * W);
+        consume(v, at);
+    }
+    if (at - (int)threadIdx.x < vectors) {                  /* what is left of the vectors; missing ones add nothing and reach nothing, for -infinity is made finite */
+        packed<T, W> v[BATCH];
+        #pragma unroll
+        for (int b = 0; b < BATCH; b++) v[b] = at + b * THREADS < vectors ? load_packed<T, W>(row + (at + b * THREADS) * W) : missing;
+        consume(v, at);
     }
     if ((int)threadIdx.x < Vv - vectors * W) {
         int j = vectors * W + (int)threadIdx.x;
         float t = to_float(row[j]);
         if (t >= reached) take(t, j);
-        add(t);
+        add(t < GONE ? GONE : t);
     }
     __syncthreads();
-    for (int h = threadIdx.x; h < s.hits && h < LIST; h += THREADS) {
+    for (int h = threadIdx.x; h < BATCH * min(s.hits, LIST); h += THREADS) {
+        int vector = s.hit[h / BATCH] + h % BATCH * THREADS;
+        if (vector >= vectors) continue;
         float t[W];
-        load<T, W>(t, row + s.hit[h]);                      /* from the cache, mostly */
+        load<T, W>(t, row + vector * W);                    /* from the cache, mostly */
         #pragma unroll
-        for (int i = 0; i < W; i++) if (t[i] >= reached) take(t[i], s.hit[h] + i);
+        for (int i = 0; i < W; i++) if (t[i] >= reached) take(t[i], vector * W + i);
     }
     block_totals(s, sum, SLOTS + 1);
     int count = s.count;
@@ -393,27 +420,30 @@ static void shape_slots(targets_shape *s, const float *T, int total)
     }
 }
 
-template <typename T, int W, int SLOTS, int SQUARES>
+template <typename T, int W, int SLOTS, int SQUARES, int T0>
 static void launch(struct backend *be, const targets_out &o, const act *logits, const int32_t *labels, const targets_shape &shape, int64_t R, int64_t V, int64_t Vv)
 {
-    auto kernel = teacher_targets_kernel<T, W, SLOTS, SQUARES>;
+    auto kernel = teacher_targets_kernel<T, W, SLOTS, SQUARES, T0>;
     CUDA_CHECK(cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)sizeof(targets_shared)));
     kernel<<<(unsigned)R, THREADS, sizeof(targets_shared), cuda_state_of(be)->stream>>>(o, (const T *)logits, labels, shape, V, (int)Vv);
 }
 
-/* Up to three temperatures have kernels of their own. */
+/* Up to three temperatures, of which the first is the lowest, have kernels of their own. */
 template <typename T, int W>
 static void by_slots(struct backend *be, const targets_out &o, const act *logits, const int32_t *labels, const targets_shape &shape, int64_t R, int64_t V, int64_t Vv)
 {
-    switch (shape.slots <= 3 ? shape.slots * 8 + shape.squares : 0) {
-    case 8:      launch<T, W, 1, 0>(be, o, logits, labels, shape, R, V, Vv); break;
-    case 16:     launch<T, W, 2, 0>(be, o, logits, labels, shape, R, V, Vv); break;
-    case 16 + 2: launch<T, W, 2, 2>(be, o, logits, labels, shape, R, V, Vv); break;
-    case 24:     launch<T, W, 3, 0>(be, o, logits, labels, shape, R, V, Vv); break;
-    case 24 + 2: launch<T, W, 3, 2>(be, o, logits, labels, shape, R, V, Vv); break;
-    case 24 + 4: launch<T, W, 3, 4>(be, o, logits, labels, shape, R, V, Vv); break;
-    case 24 + 6: launch<T, W, 3, 6>(be, o, logits, labels, shape, R, V, Vv); break;
-    default:     launch<T, W, MAX_T + 1, 0>(be, o, logits, labels, shape, R, V, Vv);
+    bool lowest = shape.slot_of[0] == shape.slots - 1;
+    switch (shape.slots > 3 ? 0 : lowest ? shape.slots * 8 + shape.squares : shape.slots) {
+    case 8:      launch<T, W, 1, 0, 0>(be, o, logits, labels, shape, R, V, Vv); break;
+    case 16:     launch<T, W, 2, 0, 1>(be, o, logits, labels, shape, R, V, Vv); break;
+    case 16 + 2: launch<T, W, 2, 2, 1>(be, o, logits, labels, shape, R, V, Vv); break;
+    case 24:     launch<T, W, 3, 0, 2>(be, o, logits, labels, shape, R, V, Vv); break;
+    case 24 + 2: launch<T, W, 3, 2, 2>(be, o, logits, labels, shape, R, V, Vv); break;
+    case 24 + 4: launch<T, W, 3, 4, 2>(be, o, logits, labels, shape, R, V, Vv); break;
+    case 24 + 6: launch<T, W, 3, 6, 2>(be, o, logits, labels, shape, R, V, Vv); break;
+    case 2:      launch<T, W, 2, 0, -1>(be, o, logits, labels, shape, R, V, Vv); break;
+    case 3:      launch<T, W, 3, 0, -1>(be, o, logits, labels, shape, R, V, Vv); break;
+    default:     launch<T, W, MAX_T + 1, 0, -1>(be, o, logits, labels, shape, R, V, Vv);
     }
 }
 
@@ -440,7 +470,7 @@ extern "C" void cuda_teacher_targets(struct backend *be, const struct teacher_ta
     DISPATCH(be->act_dtype, E,
         constexpr int W = vector_width<E>();
         if (V % W == 0 && aligned16(logits)) by_slots<E, W>(be, o, logits, labels, shape, R, V, Vv);
-        else launch<E, 1, MAX_T + 1, 0>(be, o, logits, labels, shape, R, V, Vv));
+        else launch<E, 1, MAX_T + 1, 0, -1>(be, o, logits, labels, shape, R, V, Vv));
     CUDA_CHECK(cudaGetLastError());
     if (!out->full) return;
     DISPATCH(be->act_dtype, E, scaled_logits_kernel<E><<<dim3((unsigned)div_up(Vv, 256), (unsigned)least(R, 65535)), 256, 0, cuda_state_of(be)->stream>>>(
