@@ -34,14 +34,14 @@ struct config {
     /* dump */
     int64_t dump_batch_rows, dump_chunk_tokens;
     /* objective */
-    char *objective_divergence, *objective_tail; double objective_beta, objective_alpha, objective_temperature, objective_kd_weight, objective_ce_weight;
+    char *objective_divergence, *objective_tail; double objective_beta, objective_alpha, objective_floor, objective_temperature, objective_kd_weight, objective_ce_weight;
     /* optimizer */
     double optimizer_lr, optimizer_beta1, optimizer_beta2, optimizer_eps, optimizer_weight_decay, optimizer_clip;
     /* schedule */
     char *schedule_kind; int64_t schedule_warmup_steps; double schedule_final_ratio, schedule_decay_fraction;
     /* train */
     char *train_source, *train_recompute; int64_t train_steps, train_batch_rows, train_micro_rows, train_chunk_tokens;
-    int64_t train_eval_every, train_checkpoint_every, train_keep_checkpoints, train_log_every; double train_epochs;
+    int64_t train_eval_every, train_checkpoint_every, train_keep_checkpoints, train_log_every; double train_epochs; bool train_check_alignment;
     /* memory */
     double memory_limit_gib;
     /* eval */

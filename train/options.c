@@ -72,10 +72,12 @@ const struct option options[] = {
     WHOLE ("dump.batch_rows", dump_batch_rows, "4", 1, 65536, D | B, "rows of one forward pass of the teacher"),
     WHOLE ("dump.chunk_tokens", dump_chunk_tokens, "512", 1, 1048576, D | B, "positions whose logits exist at one time"),
 
-    CHOICE("objective.divergence", objective_divergence, "forward_kl", "forward_kl|reverse_kl|jsd|skew_kl|tvd", NULL, T, "distance from teacher to student"),
-    CHOICE("objective.tail", objective_tail, "bucket", "bucket|renormalise|drop", NULL, T, "teacher mass outside the K: one extra outcome, spread over the K (biased), dropped (biased)"),
+    TEXT  ("objective.divergence", objective_divergence, "forward_kl", T, "distance from teacher to student: forward_kl, reverse_kl, jsd, skew_kl, tvd, or a weighted sum such as 0.7 forward_kl + 0.3 reverse_kl"),
+    CHOICE("objective.tail", objective_tail, "auto", "auto|unbiased|bucket|renormalise|drop", NULL, T,
+           "teacher mass outside the K: estimated by draws (unbiased), one extra outcome, spread over the K (biased), dropped (biased); auto: bucket for topk, else unbiased"),
     INSIDE("objective.beta", objective_beta, "0.5", 0, 1, T, "jsd: weight of the teacher in the mixture"),
     BELOW ("objective.alpha", objective_alpha, "0.1", 0, 1, T, "skew_kl: share of the teacher in the mixture; 0 is forward_kl"),
+    BELOW ("objective.floor", objective_floor, "0", 0, 1, T, "reverse_kl: share of the uniform distribution over the valid ids that is mixed into the teacher's, so that nothing is impossible"),
     REAL  ("objective.temperature", objective_temperature, "1", 0.01, 100, T, "T: both models' logits are divided by it, the loss is multiplied by T^2; must be among shards.temperatures"),
     REAL  ("objective.kd_weight", objective_kd_weight, "1", 0, 1e6, T, "weight of the teacher's term"),
     REAL  ("objective.ce_weight", objective_ce_weight, "0", 0, 1e6, T, "weight of cross entropy with the text itself"),
@@ -102,7 +104,8 @@ const struct option options[] = {
     WHOLE ("train.eval_every", train_eval_every, "0", 0, MANY, T, "steps between evaluations on held-out rows; 0: none"),
     WHOLE ("train.checkpoint_every", train_checkpoint_every, "0", 0, MANY, T, "steps between checkpoints; 0: only at the end"),
     WHOLE ("train.keep_checkpoints", train_keep_checkpoints, "2", 1, 1e6, T, "older checkpoints are removed"),
-    WHOLE ("train.log_every", train_log_every, "1", 1, MANY, T, "steps between progress lines; metrics.jsonl has every step"),
+    WHOLE ("train.log_every", train_log_every, "1", 1, MANY, T, "steps between progress lines and between measurements of KD's and CE's shares; metrics.jsonl has every step"),
+    SWITCH("train.check_alignment", train_check_alignment, "true", T, "before the first step: the targets must make the next token likelier than the one before it and the one after it"),
 
     REAL  ("memory.limit_gib", memory_limit_gib, "0", 0, 1e6, D | T | E | B, "most memory the plan may take; 0: what the machine has"),
 

@@ -10,7 +10,8 @@
 #include "train/progress.h"
 #include "train/signals.h"
 
-struct step_stats { double loss, kd, ce, grad_norm, lr; int64_t targets; };
+struct step_stats { double loss, kd, ce, grad_norm, lr, kd_norm, ce_norm; int64_t targets; bool measured; };
+enum { ZERO_KD_STEPS = 3 };   /* a student that is the teacher may start at KL 0; it does not stay there while anything else moves it */
 
 /* Our own copy of a batch the loader will overwrite. */
 static void batch_keep(struct batch *to, const struct batch *from)
@@ -28,20 +29,34 @@ static void batch_keep(struct batch *to, const struct batch *from)
     if (from->head_ids) {
         memcpy(to->head_ids, from->head_ids, n * (size_t)from->k * sizeof *to->head_ids);
         memcpy(to->head_logprob, from->head_logprob, n * (size_t)from->k * sizeof *to->head_logprob);
-        memcpy(to->tail_logmass, from->tail_logmass, n * sizeof *to->tail_logmass);
     }
+    if (from->tail_logmass) memcpy(to->tail_logmass, from->tail_logmass, n * sizeof *to->tail_logmass);
+    if (from->weight) memcpy(to->weight, from->weight, n * (size_t)from->k * sizeof *to->weight);
     to->full_scale = from->full_scale;
     if (from->full_logits) memcpy(to->full_logits, from->full_logits, n * (size_t)from->full_width * sizeof *to->full_logits);
 }
 
-/* Loss and norm must be finite before a weight moves; a distillation whose KD part is nothing is no distillation. */
-static int check_numbers(const struct trainer *t, const struct step_stats *s)
+/* The KD part is exactly 0: nothing to learn from, or a student that is its teacher. */
+static int check_zero_kd(struct trainer *t, const struct step_stats *s)
 {
-    if (!isfinite(s->loss) || !isfinite(s->grad_norm))
-        return fail(ERR_NUMERIC, "step %lld: loss %g, gradient norm %g; no weight was changed. First row of the step: %lld. Lower optimizer.lr, or look at the row with distill inspect",
-                    (long long)(t->state.step + 1), s->loss, s->grad_norm, (long long)t->batch[0]->row_index[0]);
-    if (t->c->objective_kd_weight != 0 && s->targets && s->kd == 0)
-        return fail(ERR_NUMERIC, "step %lld: the KD loss is exactly 0 over %lld targets: student and teacher are the same model, or the shards hold no teacher", (long long)(t->state.step + 1), (long long)s->targets);
+    long long step = (long long)t->state.step + 1;
+    bool teacher = false;
+    for (int i = 0; i < t->accum; i++) teacher |= objective_has_teacher(t->objective, t->batch[i]);
+    if (!teacher) return fail(ERR_NUMERIC, "step %lld: objective.kd_weight is %g, but the shards give no teacher's probability at any of %lld targets; no weight was changed. Look at rows from %lld with distill inspect", step,
+                              t->c->objective_kd_weight, (long long)s->targets, (long long)t->batch[0]->row_index[0]);
+    if (++t->zero_kd < ZERO_KD_STEPS || (s->measured && s->kd_norm > 0)) return OK;
+    return fail(ERR_NUMERIC, "step %lld: the KD loss and its gradient have been exactly 0 for %d steps, the last over %lld targets: student and teacher are the same model, or no targets differ from what "
+                "the student must say (objective.kd_weight 0 trains on the text alone)", step, t->zero_kd, (long long)s->targets);
+}
+
+/* Loss and norm must be finite before a weight moves; a distillation whose KD part is nothing is no distillation. */
+static int check_numbers(struct trainer *t, const struct step_stats *s)
+{
+    if (!isfinite(s->loss) || !isfinite(s->grad_norm) || (s->measured && !(isfinite(s->kd_norm) && isfinite(s->ce_norm))))
+        return fail(ERR_NUMERIC, "step %lld: loss %g (kd %g, ce %g), gradient norm %g; no weight was changed. First row of the step: %lld. Lower optimizer.lr, or look at the row with distill inspect",
+                    (long long)(t->state.step + 1), s->loss, s->kd, s->ce, s->grad_norm, (long long)t->batch[0]->row_index[0]);
+    if (t->c->objective_kd_weight != 0 && s->targets && s->kd == 0) return check_zero_kd(t, s);
+    t->zero_kd = 0;
     return OK;
 }
 
@@ -60,6 +75,8 @@ static int train_step(struct trainer *t, struct step_stats *s)
         s->targets += next->n_targets;
     }
     double divisor = s->targets ? (double)s->targets : 1;
+    int64_t step = t->state.step + 1;
+    s->measured = t->objective->measure = step % t->c->train_log_every == 0 || step == t->steps || t->zero_kd > 0;
     op->fill_zero(t->be, m->grads, (size_t)m->params->total * dtype_width(t->be->grad_dtype));
     objective_reset(t->objective);
     for (int i = 0; i < t->accum; i++) {
@@ -69,6 +86,7 @@ static int train_step(struct trainer *t, struct step_stats *s)
         model_backward(m);                                     /* d_hidden -> gradients */
     }
     objective_read(t->objective, &s->kd, &s->ce);
+    if (s->measured) objective_norms(t->objective, divisor, &s->kd_norm, &s->ce_norm);
     s->grad_norm = optimizer_norm(t->optimizer);
     s->kd /= divisor;
     s->ce /= divisor;
@@ -93,6 +111,7 @@ static int evaluate(struct trainer *t, double *kd, double *ce)
     int64_t targets = 0, rows = 0;
     int rc = OK;
     TRY(trainer_open_loader(t, true, &loader));
+    t->objective->measure = false;
     objective_reset(t->objective);
     for (;;) {
         TRY(loader_next(loader, &b));
@@ -128,12 +147,14 @@ static int evaluate_and_report(struct trainer *t)
 
 static int report_step(struct trainer *t, const struct step_stats *s, double rate, double eta)
 {
+    double both = s->kd_norm + s->ce_norm, kd_share = both > 0 ? s->kd_norm / both : 0, ce_share = both > 0 ? s->ce_norm / both : 0;
     const struct metric values[] = {{"train/loss", s->loss}, {"train/kd", s->kd}, {"train/ce", s->ce}, {"train/grad_norm", s->grad_norm}, {"train/lr", s->lr},
-                                    {"train/tokens_per_second", rate}, {"train/loader_wait_seconds", loader_wait_seconds(t->loader)}, {"train/tokens", (double)t->state.tokens}};
+                                    {"train/tokens_per_second", rate}, {"train/loader_wait_seconds", loader_wait_seconds(t->loader)}, {"train/tokens", (double)t->state.tokens},
+                                    {"train/kd_norm", s->kd_norm}, {"train/ce_norm", s->ce_norm}, {"train/kd_share", kd_share}, {"train/ce_share", ce_share}};
     if (t->state.step % t->c->train_log_every == 0 || t->state.step == t->steps)
-        progress("step %lld/%lld  loss %.4f  kd %.4f  ce %.4f  |g| %.3f  lr %.2e  %.0f tok/s  waited %.1fs  eta %s", (long long)t->state.step, (long long)t->steps, s->loss, s->kd, s->ce,
-                 s->grad_norm, s->lr, rate, loader_wait_seconds(t->loader), duration_text(eta));
-    return metrics_write(t->metrics, t->state.step, values, sizeof values / sizeof *values);
+        progress("step %lld/%lld  loss %.4f  kd %.4f (%.0f %%)  ce %.4f (%.0f %%)  |g| %.3f  lr %.2e  %.0f tok/s  waited %.1fs  eta %s", (long long)t->state.step, (long long)t->steps, s->loss,
+                 s->kd, 100 * kd_share, s->ce, 100 * ce_share, s->grad_norm, s->lr, rate, loader_wait_seconds(t->loader), duration_text(eta));
+    return metrics_write(t->metrics, t->state.step, values, sizeof values / sizeof *values - (s->measured ? 0 : 4));
 }
 
 static int save(struct trainer *t)

@@ -5,23 +5,17 @@
 
 #include "base/error.h"
 #include "base/file.h"
+#include "train/alignment.h"
+#include "train/binding.h"
 #include "train/progress.h"
 #include "train/signals.h"
+#include "train/targets.h"
 #include "train/trainer.h"
 
 static int choice(const char *value, const char *const *names)
 {
     for (int i = 0; names[i]; i++) if (!strcmp(value, names[i])) return i;
     CHECK(false, "the option table let \"%s\" through", value);
-}
-
-static struct distill_args objective_args(const struct config *c)
-{
-    static const char *const divergence[] = {[DIV_FORWARD_KL] = "forward_kl", [DIV_REVERSE_KL] = "reverse_kl", [DIV_JSD] = "jsd", [DIV_SKEW_KL] = "skew_kl", [DIV_TVD] = "tvd", NULL};
-    static const char *const tail[] = {[TAIL_BUCKET] = "bucket", [TAIL_RENORMALISE] = "renormalise", [TAIL_DROP] = "drop", NULL};
-    return (struct distill_args){.divergence = choice(c->objective_divergence, divergence), .tail = choice(c->objective_tail, tail), .beta = (float)c->objective_beta,
-                                 .alpha = (float)c->objective_alpha, .temperature = (float)c->objective_temperature, .kd_weight = (float)c->objective_kd_weight,
-                                 .ce_weight = (float)c->objective_ce_weight};
 }
 
 static bool from_corpus(const struct config *c) { return !strcmp(c->train_source, "corpus"); }
@@ -35,18 +29,6 @@ static int check_keys(const struct config *c)
     if (c->train_batch_rows % c->train_micro_rows)
         return fail(ERR_USAGE, "train.batch_rows (%lld) is not a multiple of train.micro_rows (%lld)", (long long)c->train_batch_rows, (long long)c->train_micro_rows);
     if (!c->train_steps && c->train_epochs <= 0) return fail(ERR_USAGE, "train.steps and train.epochs are both 0: say how long to train");
-    return OK;
-}
-
-static int check_targets(const struct trainer *t, const struct shard_manifest *m)
-{
-    const struct config *c = t->c;
-    if (c->objective_kd_weight == 0) return OK;
-    if (m->kind == SHARD_TOPK && strcmp(c->objective_divergence, "forward_kl"))
-        return fail(ERR_MISMATCH, "%s holds the teacher's top %d, from which objective.divergence %s cannot be computed; use forward_kl, or dump shards.kind full", c->shards_path, m->k, c->objective_divergence);
-    if (m->kind == SHARD_TOPK && strcmp(c->objective_tail, "bucket"))
-        warn("objective.tail %s is biased: the student learns the teacher's top %d %s; bucket keeps the right mass outside them", c->objective_tail, m->k,
-             !strcmp(c->objective_tail, "drop") ? "and nothing about the rest" : "scaled up to 1");
     return OK;
 }
 
@@ -76,26 +58,15 @@ static int open_shards(struct trainer *t)
     if (c->shards_follow) TRY(wait_for_manifest(c));
     TRY(shard_dataset_open(&t->dataset, c->shards_path));
     const struct shard_manifest *m = shard_dataset_manifest(t->dataset);
-    TRY(check_targets(t, m));
+    TRY(binding_check(m, c, t->student, t->tokenizer));
+    TRY(targets_choose(&t->loss, &t->target_kind, &t->k, c, m));
     strcpy(t->data_id, shard_dataset_id(t->dataset));
     t->row_length = m->row_length;
     t->Vv = m->valid_vocab;
-    if (t->Vv > t->student->config->vocab_size) {
-        rc = fail(ERR_MISMATCH, "%s was dumped over %d valid ids, the student's head has %lld: give it the teacher's vocabulary", c->shards_path, m->valid_vocab, (long long)t->student->config->vocab_size);
-        goto out;
-    }
-    if (t->tokenizer && *m->tokenizer_hash) {
-        char hash[SHA256_HEX];
-        tokenizer_hash(t->tokenizer, hash);
-        if (strcmp(hash, m->tokenizer_hash)) {
-            rc = fail(ERR_MISMATCH, "tokenizer %s has hash %.16s, %s was dumped with %.16s: use the teacher's tokenizer", t->student->tokenizer_dir, hash, c->shards_path, m->tokenizer_hash);
-            goto out;
-        }
-    }
     if (c->train_eval_every && path_exists(manifest)) {
         TRY(shard_dataset_open(&t->heldout_dataset, heldout));
         const struct shard_manifest *h = shard_dataset_manifest(t->heldout_dataset);
-        if (h->kind != m->kind || h->k != m->k || h->valid_vocab != m->valid_vocab || h->row_length != m->row_length || strcmp(h->teacher_weights_hash, m->teacher_weights_hash)) {
+        if (h->kind != m->kind || h->k != m->k || h->draws != m->draws || h->valid_vocab != m->valid_vocab || h->row_length != m->row_length || strcmp(h->teacher_weights_hash, m->teacher_weights_hash)) {
             rc = fail(ERR_MISMATCH, "%s and %s were not dumped with one teacher and one configuration; dump both again or set train.eval_every to 0", c->shards_path, heldout);
             goto out;
         }
@@ -123,20 +94,16 @@ out:
 
 int trainer_open_loader(const struct trainer *t, bool heldout, struct loader **out)
 {
-    struct loader_options o = {.batch_rows = t->c->train_micro_rows, .seed = (uint64_t)t->c->run_seed, .temperature = (float)t->c->objective_temperature, .shuffle = !heldout,
-                               .follow = t->c->shards_follow && !heldout, .wait_s = t->c->shards_wait_s, .stop = &stop_requested};
+    struct loader_options o = {.batch_rows = t->c->train_micro_rows, .seed = (uint64_t)t->c->run_seed, .temperature = (float)t->c->objective_temperature, .samples = t->target_kind == TARGET_SAMPLES,
+                               .shuffle = !heldout,                               .follow = t->c->shards_follow && !heldout, .wait_s = t->c->shards_wait_s, .stop = &stop_requested};
     if (from_corpus(t->c)) return loader_open_rows(out, heldout ? t->heldout_rows : t->rows, &o);
     return loader_open_dataset(out, heldout ? t->heldout_dataset : t->dataset, &o);
 }
 
-static enum target_kind target_kind(const struct trainer *t, int *k)
+static int check_alignment(const struct trainer *t)
 {
-    *k = 0;
-    if (!t->dataset || t->c->objective_kd_weight == 0) return TARGET_NONE;
-    const struct shard_manifest *m = shard_dataset_manifest(t->dataset);
-    if (m->kind == SHARD_FULL) return TARGET_FULL;
-    *k = m->k;
-    return TARGET_TOPK;
+    struct loader_options o = {.seed = (uint64_t)t->c->run_seed, .shuffle = true, .follow = t->c->shards_follow, .wait_s = t->c->shards_wait_s, .stop = &stop_requested};
+    return alignment_check(t->dataset, &o, t->c->shards_path);
 }
 
 static int plan_memory(struct trainer *t)
@@ -144,20 +111,18 @@ static int plan_memory(struct trainer *t)
     static const char *const recompute[] = {[RECOMPUTE_NONE] = "none", [RECOMPUTE_SWIGLU_NORM] = "swiglu_norm", [RECOMPUTE_FFN] = "ffn", [RECOMPUTE_BLOCK] = "block", NULL};
     const struct config *c = t->c;
     struct backend_options device = {.device = c->run_device, .threads = (int)c->run_threads};
-    int rc = OK, k;
+    int rc = OK;
     TRY(backend_open(&t->be, &device));
     t->plan = memory_plan_new(t->be);
     int64_t N = c->train_micro_rows * t->row_length;
     struct model_options o = {.N = N, .max_doc = t->row_length, .head_rows = c->train_chunk_tokens < N ? c->train_chunk_tokens : N, .train = true,
                               .recompute = choice(c->train_recompute, recompute)};
-    struct distill_args loss = objective_args(c);
     struct adamw_args adamw = {.beta1 = c->optimizer_beta1, .beta2 = c->optimizer_beta2, .eps = c->optimizer_eps, .weight_decay = c->optimizer_weight_decay, .clip = c->optimizer_clip,
                                .seed = (uint64_t)c->run_seed};
-    enum target_kind kind = target_kind(t, &k);
     t->model = model_new(t->be, t->student->config, &o, t->plan);
-    t->objective = objective_new(t->model, &loss, t->Vv, kind, k, t->plan);
+    t->objective = objective_new(t->model, &t->loss, t->Vv, t->target_kind, t->k, t->plan);
     t->optimizer = optimizer_new(t->model, &adamw, t->plan);
-    memory_add_scratch(t->plan, model_scratch_bytes(t->model, k));
+    memory_add_scratch(t->plan, model_scratch_bytes(t->model, t->k));
 out:
     return rc;
 }
@@ -169,6 +134,12 @@ static void print_plan(const struct trainer *t, int64_t rows)
     printf("plan      %lld steps of %lld rows x %lld tokens (%d micro-batches), %.2f epochs of %lld rows, %.1fM tokens\n", (long long)t->steps, (long long)c->train_batch_rows,
            (long long)t->row_length, t->accum, (double)(t->steps * c->train_batch_rows) / (double)rows, (long long)rows, tokens / 1e6);
     printf("          %.3g FLOP per token, %.3g in all: %.1f hours at 100 GFLOP/s, %.2f at 100 TFLOP/s\n", flops, flops * tokens, flops * tokens / 1e11 / 3600, flops * tokens / 1e14 / 3600);
+    char *divergence = targets_describe(&t->loss);
+    if (t->target_kind != TARGET_NONE) {
+        printf("objective %g x %s at T = %g, tail %s of %s targets; %g x cross entropy\n", c->objective_kd_weight, divergence, c->objective_temperature, tail_name(t->loss.tail),
+               shard_kind_name(shard_dataset_manifest(t->dataset)->kind), c->objective_ce_weight);
+    } else printf("objective cross entropy with the text alone\n");
+    free(divergence);
     memory_print(t->plan, stdout);
 }
 
@@ -224,6 +195,7 @@ int trainer_open(struct trainer **out, const struct config *c, bool plan_only)
     struct trainer *t = xcalloc(1, sizeof *t);
     t->c = c;
     TRY(check_keys(c));
+    TRY(targets_objective(&t->loss, c));
     TRY(student_open(&t->student, c));
     if (t->student->tokenizer_dir) TRY(tokenizer_open(&t->tokenizer, t->student->tokenizer_dir));
     TRY(from_corpus(c) ? open_corpus(t) : open_shards(t));
@@ -244,13 +216,14 @@ int trainer_open(struct trainer **out, const struct config *c, bool plan_only)
     student_describe(t->student, c, t->model->params->parameters);
     print_plan(t, rows);
     if (!plan_only) {
+        if (t->dataset && c->train_check_alignment && t->target_kind != TARGET_NONE) TRY(check_alignment(t));
         TRY(memory_commit(t->plan, (size_t)(c->memory_limit_gib * 0x1p30)));
         model_ready(t->model);
         optimizer_ready(t->optimizer);
         TRY(start_or_resume(t));
         TRY(open_run_dir(t));
         t->batch = xcalloc((size_t)t->accum, sizeof *t->batch);
-        for (int i = 0; i < t->accum; i++) t->batch[i] = batch_new(c->train_micro_rows, t->row_length, t->dataset ? shard_dataset_manifest(t->dataset) : NULL, false);
+        for (int i = 0; i < t->accum; i++) t->batch[i] = batch_new(c->train_micro_rows, t->row_length, t->dataset ? shard_dataset_manifest(t->dataset) : NULL, t->target_kind == TARGET_SAMPLES);
     }
     *out = t;
     t = NULL;

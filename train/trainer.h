@@ -19,6 +19,8 @@ struct trainer {
     struct corpus_rows *rows, *heldout_rows;  /* train.source corpus */
     char data_id[SHA256_HEX];
     int64_t row_length, Vv;
+    struct distill_args loss;                 /* objective.*, with the tail policy for the dataset's kind */
+    enum target_kind target_kind; int k;      /* how the dataset's entries reach the objective: k per position */
 
     struct backend *be;
     struct memory_plan *plan;
@@ -31,6 +33,7 @@ struct trainer {
     struct batch **batch;                     /* [accum] copies: targets are counted over all of them before the first gradient */
     int64_t steps;                            /* of the whole run */
     struct train_state state;
+    int zero_kd;                              /* steps in a row whose KD part was exactly 0 */
     struct metrics *metrics;
 };
 

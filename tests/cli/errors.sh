@@ -56,16 +56,38 @@ cp -r teacher sick && printf '\x00\x00\xc0\x7f' | dd of=sick/model.safetensors b
 expect_exit 5 'not finite' "$distill" teacher-dump config.yaml --set teacher.path=sick --set shards.path=sick-logits
 expect_exit 5 'no weight was changed' "$distill" train config.yaml --set student.init=hf --set student.path=sick --set run.dir=sick-run
 [ -e sick-run/checkpoints ] && fail "a checkpoint of NaN"
+cat >one.yaml <<EOF
+run: {threads: 1}
+corpus: {files: [one.jsonl], row_length: 16, heldout_fraction: 0}
+train: {steps: 8, batch_rows: 2, micro_rows: 2}
+EOF
+for i in 1 2 3 4 5 6; do echo '{"ids": [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]}'; done >one.jsonl
+mkdir one && sed 's/"vocab_size": 320/"vocab_size": 1/' student-shape/config.json >one/config.json
+"$distill" train one.yaml --set run.dir=one-teacher --set student.init=scratch --set student.config=one/config.json --set train.source=corpus --set objective.kd_weight=0 --set objective.ce_weight=1 >one.log
+"$distill" teacher-dump one.yaml --set teacher.path=one-teacher/checkpoints/step-00000008 --set shards.path=one-logits --set shards.kind=topk --set shards.k=1 >one.log
+expect_exit 5 'step 3: the KD loss and its gradient have been exactly 0 for 3 steps' "$distill" train one.yaml --set shards.path=one-logits --set run.dir=one-run --set student.init=scratch --set student.config=one/config.json
+[ -e one-run/checkpoints ] && fail "a checkpoint without a teacher"
 expect_exit 5 'step 1: loss' "$distill" train config.yaml --set objective.kd_weight=1e6 --set objective.ce_weight=1e6 --set student.init=hf --set student.path=sick --set run.dir=sick-run
 
 # 6: inputs that do not belong together
 expect_exit 6 'was made with rows' "$distill" teacher-dump config.yaml --set corpus.row_length=40
 expect_exit 6 'temperature' "$distill" train config.yaml --set objective.temperature=3 --set run.dir=y
-expect_exit 6 'reverse_kl' "$distill" train config.yaml --set objective.divergence=reverse_kl --set run.dir=y
+expect_exit 2 'none of forward_kl' "$distill" train config.yaml --set 'objective.divergence=0.5 forward_kl + 0.5 reverse' --set run.dir=y
+expect_exit 2 'objective.floor' "$distill" train config.yaml --set objective.floor=0.01 --set run.dir=y
+expect_exit 6 'nothing was drawn' "$distill" train config.yaml --set objective.tail=unbiased --set run.dir=y
+expect_exit 6 'reverse_kl is infinite.*objective.floor' "$distill" train config.yaml --set objective.tail=renormalise --set objective.divergence=reverse_kl --set run.dir=y
+expect_exit 6 'no distribution' "$distill" train config.yaml --set objective.tail=drop --set objective.divergence=jsd --set run.dir=y
+expect_exit 6 'shards.k is 9, .*top 8' "$distill" train config.yaml --set shards.k=9 --set run.dir=y
+expect_exit 6 'corpus.row_length is 40, .* 48 tokens' "$distill" train config.yaml --set corpus.row_length=40 --set run.dir=y
 mkdir other && sed 's/"vocab_size": 320/"vocab_size": 200/' student-shape/config.json >other/config.json
 expect_exit 6 'valid ids' "$distill" train config.yaml --set student.config=other/config.json --set run.dir=y
 "$distill" tokenizer-train base.yaml --set tokenizer.path=tokenizer2 --set tokenizer.vocab_size=280 >/dev/null
-expect_exit 6 'tokenizer' "$distill" train config.yaml --set tokenizer.path=tokenizer2 --set run.dir=y
+expect_exit 6 'tokenizer2 has hash [0-9a-f]{16}, logits was dumped with [0-9a-f]{16}' "$distill" train config.yaml --set tokenizer.path=tokenizer2 --set run.dir=y
+cp -r tokenizer tokenizer3 && sed -i 's/"q": /"swap": /; s/"z": /"q": /; s/"swap": /"z": /' tokenizer3/tokenizer.json
+expect_exit 6 'id [0-9]+ is "[qz]" here and "[qz]" there' "$distill" train config.yaml --set tokenizer.path=tokenizer3 --set run.dir=y
+sed 's/"vocab_size": 320/"vocab_size": 336/' student-shape/config.json >other/config.json      # more padding, the same ids: fine where the tokenizers say so
+"$distill" train config.yaml --set student.config=other/config.json --set run.dir=padded --set train.steps=1 >padded.log || fail "a head with more padding: $(cat padded.log)"
+grep -q "head has 320 columns, the student's 336; the 300 valid ids are the same" padded.log || fail "no word about other padding: $(cat padded.log)"
 "$distill" teacher-dump config.yaml --set shards.path=seed --set run.seed=4 >/dev/null
 expect_exit 6 'data' "$distill" train config.yaml --set run.dir=run --set shards.path=seed --set train.eval_every=0 --resume
 "$distill" train config.yaml --set run.dir=seeded --set train.steps=1 >/dev/null

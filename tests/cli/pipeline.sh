@@ -35,6 +35,17 @@ grep -q 'is biased' run3.err || fail "renormalise does not warn"
 for divergence in forward_kl reverse_kl jsd skew_kl tvd; do
     "$distill" train config.yaml --set run.dir=run-$divergence --set shards.path=full --set objective.divergence=$divergence --set train.steps=3 >$divergence.log || fail "$divergence on full targets"
 done
+for objective in 'reverse_kl' '0.7 forward_kl + 0.3 reverse_kl' 'jsd' '0.5 skew_kl + 0.5 tvd'; do       # of the top 8 and one outcome for the rest
+    rm -rf bucket
+    "$distill" train config.yaml --set run.dir=bucket --set "objective.divergence=$objective" --set train.steps=3 --set objective.ce_weight=0.1 >bucket.log || fail "$objective on top-k targets"
+    grep -q "objective 1 x .*, tail bucket of topk targets; 0.1 x cross entropy" bucket.log || fail "the plan does not name the objective: $(grep objective bucket.log)"
+done
+"$distill" train config.yaml --set run.dir=floor --set objective.divergence=reverse_kl --set objective.tail=renormalise --set objective.floor=0.01 --set train.steps=2 >floor.log 2>&1 || fail "reverse_kl with a floor"
+# both parts' shares of the gradient: in the progress line, and adding up to 1 in the metrics
+grep -qE 'step 3/3 .* kd [0-9.]+ \([0-9]+ %\)  ce [0-9.]+ \([0-9]+ %\)' bucket.log || fail "no shares in: $(tail -2 bucket.log)"
+tail -1 bucket/metrics.jsonl | grep -oE '"train/(kd|ce)_share": [0-9.e-]+' | awk '{ n++; s += $2; bad += !($2 > 0 && $2 < 1) } END { exit bad || n != 2 || s < 0.999999 || s > 1.000001 }' ||
+    fail "shares: $(tail -1 bucket/metrics.jsonl)"
+grep -q '^alignment next token' bucket.log || fail "no word about the alignment of targets and tokens"
 # at another listed temperature than the first: the same targets, however they are stored
 "$distill" teacher-dump config.yaml --set shards.path=full2 --set shards.kind=full --set 'shards.temperatures=[2.0, 1.0]' >full2.log || fail "full dump at 2"
 for path in full full2; do
@@ -45,7 +56,7 @@ awk -v a="$(kd temperature-full)" -v b="$(kd temperature-full2)" 'BEGIN { d = a 
     fail "kd at temperature 2 is $(kd temperature-full) from logits over 1, $(kd temperature-full2) from logits over 2"
 # and nearly the same as the 256 best of 300 with the rest in a bucket
 "$distill" teacher-dump config.yaml --set shards.path=most --set shards.k=256 >most.log || fail "top 256"
-"$distill" train config.yaml --set run.dir=temperature-most --set shards.path=most --set objective.temperature=2 --set train.steps=2 >most.log || fail "temperature 2 from the top 256"
+"$distill" train config.yaml --set run.dir=temperature-most --set shards.path=most --set shards.k=256 --set objective.temperature=2 --set train.steps=2 >most.log || fail "temperature 2 from the top 256"
 awk -v a="$(kd temperature-full)" -v b="$(kd temperature-most)" 'BEGIN { d = b / a - 1; exit !(a > 0 && d < 1e-3 && d > -0.03) }' || fail "kd is $(kd temperature-full) from full logits, $(kd temperature-most) from the top 256"
 # how a step is cut into passes and chunks is no part of the objective; what is computed again is the same to the bit
 for way in 'train.micro_rows=1 train.chunk_tokens=1000' 'train.micro_rows=4 train.chunk_tokens=7' 'train.recompute=block' 'train.recompute=ffn' 'train.recompute=swiglu_norm'; do

@@ -15,14 +15,16 @@ static const int documents[] = {1, 9, 5, 8, 0};
 
 static void open_fixture(struct fixture *f, enum target_kind kind, int k, int64_t head_rows, struct distill_args loss)
 {
+    if (kind == TARGET_SAMPLES) loss.tail = TAIL_UNBIASED;
     struct fixture_options o = {.architecture = "llama", .rows = ROWS, .length = LENGTH, .head_rows = head_rows, .kind = kind, .k = k, .loss = loss, .seed = 5};
     fixture_open(f, &o);
 }
 
-/* A batch whose teacher is known whole: logits in f16 for TARGET_FULL, and the k best of the same for TARGET_TOPK at temperature T. */
+/* A batch whose teacher is known whole: logits in f16 for TARGET_FULL, and the k best of the same for TARGET_TOPK at temperature T, for TARGET_SAMPLES with
+ * weights that are not quite their probabilities. */
 static struct batch *teacher_batch(enum target_kind kind, int k, float T)
 {
-    struct shard_manifest m = {.kind = kind == TARGET_FULL ? SHARD_FULL : SHARD_TOPK, .k = kind == TARGET_TOPK ? k : 0, .valid_vocab = VV, .rows = ROWS, .row_length = LENGTH, .n_temperatures = 1,
+    struct shard_manifest m = {.kind = kind == TARGET_FULL ? SHARD_FULL : SHARD_TOPK, .k = kind == TARGET_TOPK || kind == TARGET_SAMPLES ? k : 0, .valid_vocab = VV, .rows = ROWS, .row_length = LENGTH, .n_temperatures = 1,
                                .temperatures = {1}};
     struct batch *plain = fixture_batch(ROWS, LENGTH, documents, 0, 9), *b = batch_new(ROWS, LENGTH, kind == TARGET_NONE ? NULL : &m, false);
     memcpy(b->tokens, plain->tokens, N * sizeof *b->tokens);
@@ -46,10 +48,12 @@ static struct batch *teacher_batch(enum target_kind kind, int k, float T)
             for (; at && logits[order[at - 1]] < logits[j]; at--) order[at] = order[at - 1];
             order[at] = j;
         }
-        if (kind != TARGET_TOPK) continue;
+        if (kind == TARGET_FULL) continue;
+        if (!b->weight && kind == TARGET_SAMPLES) b->weight = xcalloc((size_t)(N * k), sizeof *b->weight);
         for (int j = 0; j < k; j++) {
             b->head_ids[i * k + j] = order[j];
             b->head_logprob[i * k + j] = (float)(logits[order[j]] / (double)T - log(lse));
+            if (b->weight) b->weight[i * k + j] = j == 3 ? 0 : expf(b->head_logprob[i * k + j]) * (0.5f + 0.25f * (float)(j % 4));
         }
         for (int j = k; j < VV; j++) rest += exp(logits[order[j]] / (double)T);
         b->tail_logmass[i] = k < VV ? (float)log(rest / lse) : -INFINITY;
@@ -140,13 +144,16 @@ Test(objective, chunks_change_nothing)
 {
     static const struct { enum target_kind kind; int k; enum divergence d; } cases[] = {
         {TARGET_NONE, 0, DIV_FORWARD_KL}, {TARGET_TOPK, 1, DIV_FORWARD_KL}, {TARGET_TOPK, 5, DIV_FORWARD_KL}, {TARGET_FULL, 0, DIV_FORWARD_KL}, {TARGET_FULL, 0, DIV_REVERSE_KL},
-        {TARGET_FULL, 0, DIV_JSD}, {TARGET_FULL, 0, DIV_SKEW_KL}, {TARGET_FULL, 0, DIV_TVD}};
+        {TARGET_FULL, 0, DIV_JSD}, {TARGET_FULL, 0, DIV_SKEW_KL}, {TARGET_FULL, 0, DIV_TVD}, {TARGET_FULL, 0, DIV_MIX}, {TARGET_TOPK, 5, DIV_REVERSE_KL}, {TARGET_TOPK, 5, DIV_JSD},
+        {TARGET_TOPK, 5, DIV_MIX}, {TARGET_SAMPLES, 5, DIV_FORWARD_KL}};
     static const int64_t chunks[] = {1, 7, LENGTH, N - 1};
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         struct distill_args loss = mixed;
         struct fixture whole, part;
         char what[64];
         loss.divergence = cases[i].d;
+        loss.mix[DIV_FORWARD_KL] = 0.5f;
+        loss.mix[DIV_SKEW_KL] = 0.75f;
         open_fixture(&whole, cases[i].kind, cases[i].k, 0, loss);
         struct batch *b = teacher_batch(cases[i].kind, cases[i].k, 2);
         struct result want = run(&whole, b, (double)b->n_targets);
@@ -168,7 +175,6 @@ Test(objective, chunks_change_nothing)
 Test(objective, padding_columns_have_no_influence_and_no_gradient)
 {
     for (int kind = TARGET_NONE; kind <= TARGET_FULL; kind++) {
-        if (kind == TARGET_SAMPLES) continue;
         struct fixture f;
         open_fixture(&f, (enum target_kind)kind, 5, 7, mixed);
         struct batch *b = teacher_batch((enum target_kind)kind, 5, 2);
@@ -188,7 +194,6 @@ Test(objective, padding_columns_have_no_influence_and_no_gradient)
 Test(objective, rows_that_are_not_supervised_have_no_influence_and_no_gradient)
 {
     for (int kind = TARGET_NONE; kind <= TARGET_FULL; kind++) {
-        if (kind == TARGET_SAMPLES) continue;
         struct fixture f;
         open_fixture(&f, (enum target_kind)kind, 5, 7, mixed);
         struct batch *b = teacher_batch((enum target_kind)kind, 5, 2);
@@ -198,7 +203,8 @@ Test(objective, rows_that_are_not_supervised_have_no_influence_and_no_gradient)
             if (b->labels[i] >= 0) continue;
             unsupervised++;
             for (int c = 0; c < C; c++) cr_assert_eq(before.d_hidden[i * C + c], 0);
-            for (int j = 0; kind == TARGET_TOPK && j < 5; j++) b->head_logprob[i * 5 + j] = NAN;
+            for (int j = 0; (kind == TARGET_TOPK || kind == TARGET_SAMPLES) && j < 5; j++) b->head_logprob[i * 5 + j] = NAN;
+            for (int j = 0; kind == TARGET_SAMPLES && j < 5; j++) b->weight[i * 5 + j] = NAN;
             if (kind == TARGET_TOPK) b->tail_logmass[i] = INFINITY;
             for (int j = 0; kind == TARGET_FULL && j < VV; j++) b->full_logits[i * VV + j] = 0x7e00;      /* NaN */
         }
@@ -323,4 +329,42 @@ Test(objective, sums_add_up_until_reset_and_without_backward_no_gradient_is_touc
     result_free(&once);
     batch_free(b);
     fixture_close(&f);
+}
+
+/* The norms are those of the two parts' gradients with respect to the logits, over all chunks, divided as the gradient is. */
+Test(objective, norms_are_those_of_the_parts)
+{
+    static const struct { enum target_kind kind; int k; } cases[] = {{TARGET_TOPK, 5}, {TARGET_SAMPLES, 5}, {TARGET_FULL, 0}};
+    for (size_t i = 0; i < 3; i++) {
+        double want[2], kd, ce;
+        struct fixture f;
+        struct batch *b = teacher_batch(cases[i].kind, cases[i].k, 2);
+        for (int part = 0; part < 2; part++) {                      /* one chunk, so that all of dlogits is there to look at */
+            struct distill_args alone = mixed;
+            *(part ? &alone.kd_weight : &alone.ce_weight) = 0;
+            open_fixture(&f, cases[i].kind, cases[i].k, 0, alone);
+            struct result r = run(&f, b, 100);
+            const float *dlogits = (const float *)f.model->logits;
+            want[part] = 0;
+            for (int j = 0; j < N * V; j++) want[part] += (double)dlogits[j] * dlogits[j];
+            want[part] = sqrt(want[part]);
+            result_free(&r);
+            fixture_close(&f);
+        }
+        open_fixture(&f, cases[i].kind, cases[i].k, 7, mixed);
+        f.objective->measure = true;
+        struct result r = run(&f, b, 100);
+        objective_norms(f.objective, 100, &kd, &ce);
+        cr_expect_float_eq(kd, want[0], 1e-5 * want[0], "case %zu: KD %g, not %g", i, kd, want[0]);
+        cr_expect_float_eq(ce, want[1], 1e-5 * want[1], "case %zu: CE %g, not %g", i, ce, want[1]);
+        cr_expect(objective_has_teacher(f.objective, b));
+        for (int64_t e = 0; e < N * cases[i].k; e++) {
+            b->head_logprob[e] = -INFINITY;
+            if (b->weight) b->weight[e] = 0;
+        }
+        cr_expect_eq(objective_has_teacher(f.objective, b), cases[i].kind == TARGET_FULL);
+        result_free(&r);
+        batch_free(b);
+        fixture_close(&f);
+    }
 }
