@@ -80,7 +80,7 @@ static int plan_memory(struct dump *d)
 {
     const struct config *c = d->c;
     int rc = OK;
-    struct backend_options device = {.device = c->run_device, .threads = (int)c->run_threads};
+    struct backend_options device = {.device = c->run_device, .threads = (int)c->run_threads, .exact_rows = true};   /* whoever computes a row, in whatever batch: the same bytes */
     TRY(backend_open(&d->be, &device));
     d->plan = memory_plan_new(d->be);
     int64_t N = c->dump_batch_rows * c->corpus_row_length, rows = c->dump_chunk_tokens < N ? c->dump_chunk_tokens : N;
