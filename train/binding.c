@@ -70,6 +70,10 @@ static int check_keys(const struct shard_manifest *m, const struct config *c)
         rc = fail(ERR_MISMATCH, "shards.kind is %s, %s holds %s: point shards.path at the dataset you mean", c->shards_kind, c->shards_path, shard_kind_name(m->kind));
     else if (shard_kind_has_head(m->kind) && c->shards_k != normal->shards_k && c->shards_k != m->k)
         rc = fail(ERR_MISMATCH, "shards.k is %lld, %s holds the top %d: point shards.path at the dataset you mean", (long long)c->shards_k, c->shards_path, m->k);
+    else if (m->kind == SHARD_HYBRID && c->shards_m != normal->shards_m && c->shards_m != m->draws)
+        rc = fail(ERR_MISMATCH, "shards.m is %lld, %s holds %d draws: point shards.path at the dataset you mean", (long long)c->shards_m, c->shards_path, m->draws);
+    else if (m->kind == SHARD_SAMPLED && c->shards_draws != normal->shards_draws && c->shards_draws != m->draws)
+        rc = fail(ERR_MISMATCH, "shards.draws is %lld, %s holds %d draws: point shards.path at the dataset you mean", (long long)c->shards_draws, c->shards_path, m->draws);
     else if (c->corpus_row_length != normal->corpus_row_length && c->corpus_row_length != m->row_length)
         rc = fail(ERR_MISMATCH, "corpus.row_length is %lld, the rows of %s are %lld tokens long: a run takes its rows from the shards; point shards.path at the dataset you mean",
                   (long long)c->corpus_row_length, c->shards_path, (long long)m->row_length);

@@ -33,8 +33,21 @@ grep -qi 'retained' eval.log && grep -q '"' eval.json || fail "eval: $(cat eval.
 grep -q 'is biased' run3.err || fail "renormalise does not warn"
 "$distill" teacher-dump config.yaml --set shards.path=full --set shards.kind=full >full.log || fail "full dump"
 for divergence in forward_kl reverse_kl jsd skew_kl tvd; do
-    "$distill" train config.yaml --set run.dir=run-$divergence --set shards.path=full --set objective.divergence=$divergence --set train.steps=3 >$divergence.log || fail "$divergence on full targets"
+    "$distill" train config.yaml --set run.dir=run-$divergence --set shards.path=full --set shards.kind=full --set objective.divergence=$divergence --set train.steps=3 >$divergence.log || fail "$divergence on full targets"
 done
+for kind in hybrid sampled; do                                # draws: forward KL, right on average
+    [ $kind = sampled ] && list='[1.0]' || list='[1.0, 2.0]'
+    settings=(--set shards.path=$kind --set shards.kind=$kind --set shards.m=12 --set shards.draws=20 --set "shards.temperatures=$list")
+    "$distill" teacher-dump config.yaml "${settings[@]}" >$kind.log || fail "$kind dump"
+    "$distill" train config.yaml "${settings[@]}" --set run.dir=run-$kind --set train.steps=6 >$kind.log || fail "training from $kind: $(tail -1 $kind.log)"
+    grep -q "tail unbiased of $kind targets" $kind.log && grep -q 'held-out at step 6' $kind.log && grep -q '^alignment next token' $kind.log || fail "$kind: $(cat $kind.log)"
+    expect_exit 6 'only forward_kl is linear' "$distill" train config.yaml "${settings[@]}" --set run.dir=x --set objective.divergence=jsd
+done
+"$distill" train config.yaml --set shards.path=hybrid --set shards.kind=hybrid --set run.dir=head --set objective.tail=bucket --set objective.divergence=jsd --set objective.temperature=2 --set train.steps=3 >head.log ||
+    fail "the head of hybrid with a bucket"
+expect_exit 6 'shards.kind is full, hybrid holds hybrid' "$distill" train config.yaml --set shards.path=hybrid --set shards.kind=full --set run.dir=x
+expect_exit 6 'there is no head' "$distill" train config.yaml --set shards.path=sampled --set shards.kind=sampled --set run.dir=x --set objective.tail=bucket
+expect_exit 6 'nothing is missing' "$distill" train config.yaml --set shards.path=full --set shards.kind=full --set run.dir=x --set objective.tail=drop
 for objective in 'reverse_kl' '0.7 forward_kl + 0.3 reverse_kl' 'jsd' '0.5 skew_kl + 0.5 tvd'; do       # of the top 8 and one outcome for the rest
     rm -rf bucket
     "$distill" train config.yaml --set run.dir=bucket --set "objective.divergence=$objective" --set train.steps=3 --set objective.ce_weight=0.1 >bucket.log || fail "$objective on top-k targets"
@@ -49,7 +62,7 @@ grep -q '^alignment next token' bucket.log || fail "no word about the alignment 
 # at another listed temperature than the first: the same targets, however they are stored
 "$distill" teacher-dump config.yaml --set shards.path=full2 --set shards.kind=full --set 'shards.temperatures=[2.0, 1.0]' >full2.log || fail "full dump at 2"
 for path in full full2; do
-    "$distill" train config.yaml --set run.dir=temperature-$path --set shards.path=$path --set objective.temperature=2 --set train.steps=2 >temperature.log || fail "temperature 2 from $path"
+    "$distill" train config.yaml --set run.dir=temperature-$path --set shards.path=$path --set shards.kind=full --set objective.temperature=2 --set train.steps=2 >temperature.log || fail "temperature 2 from $path"
 done
 kd() { grep -o '"train/kd": *[0-9.e-]*' $1/metrics.jsonl | tail -1 | grep -o '[0-9.e-]*$'; }
 awk -v a="$(kd temperature-full)" -v b="$(kd temperature-full2)" 'BEGIN { d = a / b - 1; exit !(b > 0 && d < 2e-3 && d > -2e-3) }' ||

@@ -125,6 +125,15 @@ Test(targets, another_vocabulary_kind_head_or_row_length_is_refused_with_both_va
     binding_fails(&m, c, 60, "63 columns", "60");            /* other padding, and no tokenizers to say that the ids are the same */
     set(c, "shards.k=7");
     binding_fails(&m, c, 63, "shards.k is 7", "top 6");
+    m.kind = SHARD_SAMPLED;
+    set(c, "shards.draws=9");
+    m.draws = 8;
+    binding_fails(&m, c, 63, "shards.draws is 9", "8 draws");
+    m.kind = SHARD_HYBRID;
+    set(c, "shards.k=6");
+    set(c, "shards.m=10");
+    binding_fails(&m, c, 63, "shards.m is 10", "8 draws");
+    m.kind = SHARD_TOPK;
     set(c, "shards.k=6");
     set(c, "shards.kind=full");
     binding_fails(&m, c, 63, "shards.kind is full", "topk");

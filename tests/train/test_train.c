@@ -218,7 +218,7 @@ Test(train, first_losses_are_the_definition)
         char *shards = setting("shards.path", in_dir(name)), *kind = setting("shards.kind", cases[i].kind), *T_setting = setting("objective.temperature", cases[i].temperature);
         char *run = setting("run.dir", in_dir(run_name)), *path = setting("student.path", in_dir("student/checkpoints/step-00000001"));
         cr_assert_eq(command(command_teacher_dump, "teacher-dump", (const char *const[]){shards, kind, NULL}), OK, "%s", fail_message());
-        cr_assert_eq(command(command_train, "train", (const char *const[]){shards, run, path, T_setting, "train.steps=1", "train.batch_rows=4", "train.micro_rows=2", "train.chunk_tokens=9",
+        cr_assert_eq(command(command_train, "train", (const char *const[]){shards, kind, run, path, T_setting, "train.steps=1", "train.batch_rows=4", "train.micro_rows=2", "train.chunk_tokens=9",
                                                                              "objective.ce_weight=0.25", "objective.kd_weight=0.5", NULL}), OK, "%s", fail_message());
         struct shard_dataset *d;
         struct loader *l;
