@@ -1,10 +1,10 @@
 /* How sample_targets draws, one definition for every backend.
  *
- * Id j has the integer weight floor(2^45 exp((t_j - top) / T)), top being the largest logit that may be drawn; ids of the head have none. Integers
+ * Id j has the integer weight 2^45 exp((t_j - top) / T), rounded to an integer,, top being the largest logit that may be drawn; ids of the head have none. Integers
  * add up to the same in any order, and the exponential is made of operations that are rounded alike everywhere: so the same logits (to the
  * bit) give the same draws on every backend, with any number of threads, in any split into chunks. Draw d of position p of row r takes
  * the first id whose weights up to and including its own exceed floor(u W / 2^64), W being the sum of all weights and u a 64-bit word of
- * Philox keyed by (seed, r, p, d). What an id of less than 2^-45 of the likeliest one's probability loses by the rounding down is below what fp32 logits say. */
+ * Philox keyed by (seed, r, p, d). Rounding moves a probability by at most 2^-46 of the likeliest one's: less than the rounding of fp32 logits does. */
 #ifndef KERNELS_DRAW_H
 #define KERNELS_DRAW_H
 
@@ -13,11 +13,12 @@
 
 enum { DRAW_TILE = 256 /* ids whose weights are summed together */, DRAW_MOST = 255, DRAW_MAX_VOCAB = 1 << 18 /* their weights fit 64 bits */ };
 
-/* 0 for -INFINITY and NaN */
+/* 0 for -INFINITY and NaN. Adding 2^52 rounds to an integer and leaves it in the low bits: unlike a conversion to 64 bits, every vector unit can do that. */
 static inline HOST_DEVICE uint64_t draw_weight(float t, float top, float inv_T)
 {
     float e = exp_fp32((t - top) * inv_T);
-    return e > 0 ? (uint64_t)(int64_t)(e * 0x1p45f) : 0;
+    union { double d; uint64_t u; } w = {(double)(e > 0 ? e : 0) * 0x1p45 + 0x1p52};
+    return w.u & (((uint64_t)1 << 52) - 1);
 }
 
 /* Where draw d falls in 0 .. total - 1. The key differs from the seed, which has other uses. */

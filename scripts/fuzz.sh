@@ -15,7 +15,7 @@ for target in build-fuzz/tests/fuzz/fuzz_*; do
     corpus=build-fuzz/corpus/$name
     mkdir -p "$corpus"
     seeds=tests/seeds/$name
-    if "$target" -max_total_time="$seconds" -timeout=20 -rss_limit_mb=4096 -artifact_prefix="build-fuzz/$name-" -print_final_stats=1 \
+    if FUZZ_SEEDS=$corpus "$target" -max_total_time="$seconds" -timeout=20 -rss_limit_mb=4096 -artifact_prefix="build-fuzz/$name-" -print_final_stats=1 \
         "$corpus" $([ -d "$seeds" ] && echo "$seeds") >"build-fuzz/$name.log" 2>&1; then
         echo "$name: $(grep -o 'stat::number_of_executed_units: *[0-9]*' "build-fuzz/$name.log" | grep -o '[0-9]*$') inputs, no fault"
     else

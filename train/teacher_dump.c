@@ -76,7 +76,7 @@ static int plan_memory(struct dump *d)
 {
     const struct config *c = d->c;
     int rc = OK;
-    struct backend_options device = {.device = c->run_device, .threads = (int)c->run_threads};
+    struct backend_options device = {.device = c->run_device, .threads = (int)c->run_threads, .exact_rows = true};   /* whoever computes a row, in whatever batch: the same bytes */
     TRY(backend_open(&d->be, &device));
     struct dump_options o = {.kind = d->kind, .k = d->k, .draws = d->draws, .seed = (uint64_t)c->run_seed, .nT = d->nT, .Vv = d->Vv, .row_length = c->corpus_row_length, .batch_rows = c->dump_batch_rows, .chunk_tokens = c->dump_chunk_tokens,
                              .weights = !strcmp(c->teacher_weights, "resident") ? WEIGHTS_RESIDENT : !strcmp(c->teacher_weights, "streamed") ? WEIGHTS_STREAMED : WEIGHTS_AUTO,

@@ -66,10 +66,12 @@ static void cpu_fill_zero(struct backend *be, void *p, size_t bytes)
 
 static size_t cpu_scratch_bytes(struct backend *be, const struct op_limits *l)
 {
-    (void)be;
     size_t attention = cpu_attention_scratch(l), rows = thread_scratch_bytes(cpu_row_scratch(l->V, l->K)), draws = thread_scratch_bytes(cpu_sample_scratch(l->V)), sums = (size_t)1 << 16;
     size_t most = attention > rows ? attention : rows;
     most = most > draws ? most : draws;
+    int64_t widest = l->F > l->C ? l->F : l->C, heads = (int64_t)l->Hq * l->D;
+    size_t product = be->exact_rows ? thread_scratch_bytes(cpu_exact_rows_scratch(widest > heads ? widest : heads)) : 0;
+    most = most > product ? most : product;
     return most > sums ? most : sums;
 }
 
@@ -95,7 +97,7 @@ int cpu_backend_open(struct backend **out, const struct backend_options *o)
     if (o->precision && strcmp(o->precision, "fp32")) return fail(ERR_USAGE, "device cpu: computes in fp32, not in %s; leave the precision out or use device cuda", o->precision);
     if (o->threads > 0) omp_set_num_threads(o->threads);
     struct backend *be = xcalloc(1, sizeof *be);
-    *be = (struct backend){.name = "cpu", .act_dtype = DTYPE_F32, .grad_dtype = DTYPE_F32, .moment_dtype = DTYPE_F32, .ops = &cpu_ops, .state = xcalloc(1, sizeof(struct cpu_state))};
+    *be = (struct backend){.name = "cpu", .act_dtype = DTYPE_F32, .grad_dtype = DTYPE_F32, .moment_dtype = DTYPE_F32, .ops = &cpu_ops, .exact_rows = o->exact_rows, .state = xcalloc(1, sizeof(struct cpu_state))};
     *out = be;
     return OK;
 }

@@ -26,6 +26,9 @@ static inline size_t cpu_row_scratch(int64_t V, int K) { return (size_t)(2 * V) 
 /* for draws from one row: a copy of it, and 64 bits for every 256 of its ids */
 static inline size_t cpu_sample_scratch(int64_t V) { return (size_t)(V + 1 + 2 * (V / 256 + 1)); }
 
+/* for a product with C columns when rows have to be exact (linear.c) */
+size_t cpu_exact_rows_scratch(int64_t C);
+
 /* Row statistics over n values scaled by `scale`: the largest, and log sum exp in double. -INFINITY for an empty or fully masked row. */
 float  row_max(const float *x, int64_t n);
 double row_log_sum_exp(const float *x, int64_t n, float scale);

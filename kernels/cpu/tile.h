@@ -53,7 +53,7 @@ static inline __attribute__((always_inline)) void tile_columns(float *c, int64_t
         }
 }
 
-static void tile_product(float *c, int64_t ldc, const float *a, int64_t a_row, int64_t a_col, const float *b, int64_t ldb, int64_t m, int64_t n, int64_t k_count)
+static inline void tile_product(float *c, int64_t ldc, const float *a, int64_t a_row, int64_t a_col, const float *b, int64_t ldb, int64_t m, int64_t n, int64_t k_count)
 {
     int64_t i = 0;
     for (; i + 4 <= m; i += 4) tile_columns(c + i * ldc, ldc, a + i * a_row, a_row, a_col, b, ldb, n, k_count, 4);

@@ -11,7 +11,7 @@
 #include "base/file.h"
 #include "base/half.h"
 #include "base/rng.h"
-#include "data/shard.h"
+#include "data/shard_internal.h"
 
 /* k: the head; of kind hybrid the same number of draws and one more, of kind sampled the draws */
 static inline struct shard_manifest fixture_manifest(enum shard_kind kind, int64_t rows, int64_t rows_per_shard, int64_t length, int32_t vocab, int k)
@@ -144,6 +144,32 @@ out:
     shard_writer_close(w);
     shard_row_free(&row);
     return rc;
+}
+
+/* The CRC a row should have, for what is in the file: of a ragged row whose offsets cannot be, without its entries, as the reader takes it. */
+static inline uint32_t fixture_row_crc(const struct shard_file *file, const struct shard_manifest *m, int fd, int64_t row)
+{
+    struct shard_layout layout[SHARD_FIELDS];
+    uint32_t crc = shard_row_crc_start(row), *offset = NULL;
+    int64_t L = m->row_length, begin = 0, entries = 0;
+    shard_layout(m, layout);
+    for (int i = 0; i < SHARD_ROW_CRC; i++) {
+        if (!layout[i].name) continue;
+        int64_t width = shard_type_bytes(layout[i].type), step = layout[i].ragged, n = step ? entries / step * width : layout[i].row_bytes;
+        uint8_t *data = xmalloc((size_t)n + 1);
+        CHECK(pread(fd, data, (size_t)n, file->offset[i] + (step ? begin / step * width : row * n)) == n, "pread");
+        crc = crc32c(crc, data, (size_t)n);
+        if (i == SHARD_DRAW_OFFSET) {
+            offset = (uint32_t *)data;
+            bool good = offset[0] % RAGGED_STEP == 0 && offset[0] <= file->entries;
+            for (int64_t t = 0; t < L; t++) good &= offset[t + 1] >= offset[t] && offset[t + 1] - offset[t] <= (uint32_t)m->draws;
+            begin = offset[0];
+            entries = good ? ragged_round((int64_t)offset[L] - begin) : 0;
+            if (entries > file->entries - begin) entries = 0;
+        }
+        free(data);
+    }
+    return crc;
 }
 
 static inline char *fixture_dir(void)

@@ -55,6 +55,37 @@ Test(shard_faults, every_failpoint)
     cr_assert_geq(failures, 100);
 }
 
+/* The same of the kinds that draw, at the second passing; and no bit of their files may flip unnoticed. */
+Test(shard_faults, kinds_that_draw)
+{
+    static const enum shard_kind kinds[] = {SHARD_HYBRID, SHARD_SAMPLED};
+    for (int k = 0; k < 2; k++) {
+        struct shard_manifest m = fixture_manifest(kinds[k], 3, 1, 6, 40, 3);
+        const char *kind = shard_kind_name(m.kind);
+        char *reference = dataset_new(kind, &m), *dir = kept_path(base, "dir"), *data;
+        for (size_t p = 2; p < sizeof points / sizeof *points; p++)
+            for (int a = 0; a < 2; a++) {
+                char *spec = xasprintf("%s:%s@2", points[p], a ? "enospc" : "kill");
+                cr_assert_eq(dump_under(dir, &m, spec), a ? ERR_IO : -SIGKILL, "%s, %s", kind, spec);
+                cr_assert_eq(dump_under(dir, &m, ""), OK, "%s, %s: restart", kind, spec);
+                same_tree(reference, dir, spec);
+                dir_remove_tree(dir);
+                free(spec);
+            }
+        char *path = shard_path(reference, 1);
+        size_t bytes;
+        OK_OR_DIE(file_read(path, 1 << 20, &data, &bytes));
+        for (size_t at = 0; at < bytes; at += 13) {
+            data[at] ^= (char)(1 << at % 8);
+            spit(path, data, bytes);
+            cr_assert_eq(verify(reference), ERR_INPUT, "%s: a bit of byte %zu", kind, at);
+            data[at] ^= (char)(1 << at % 8);
+        }
+        free(data);
+        free(path);
+    }
+}
+
 /* Killed again and again on the way: no progress is lost, and the end is the same. */
 Test(shard_faults, killed_many_times)
 {

@@ -1,6 +1,9 @@
 /* linear: y = x w^T + bias; dx = dy w; dw += dy^T x; dbias += column sums of dy. The definition is the double triple loop. */
 #include "tests/kernels/ops.h"
 
+#include <omp.h>
+#include <string.h>
+
 struct linear_case { int64_t N, C, O; bool bias; };
 static const struct linear_case cases[] = {
     {1, 1, 1, true}, {1, 8, 16, false}, {1, 17, 3, true}, {7, 5, 11, true}, {16, 64, 32, false}, {33, 63, 65, true}, {64, 128, 96, true}, {5, 200, 130, true}, {129, 48, 70, false},
@@ -32,10 +35,11 @@ static void run(struct rig *r, const void *c_, struct outputs *out)
     if (dbias) take_grad(out, r, "dbias", BACKWARD, dbias, c->O);
 }
 
-Test(cpu, definition)
+static void against_definition(bool exact_rows)
 {
     struct rig r;
     rig_open_cpu(&r);
+    r.be->exact_rows = exact_rows;
     for (size_t i = 0; i < COUNT(cases); i++) {
         const struct linear_case *c = &cases[i];
         struct outputs out = {0};
@@ -59,6 +63,34 @@ Test(cpu, definition)
         if (c->bias) expect_close(&out, "dbias", dbias, c->O, 1e-6, name(c));
         free(y); free(dx); free(dw); free(dbias);
         outputs_free(&out);
+        rig_reset(&r, name(c));
+    }
+    rig_close(&r);
+}
+
+Test(cpu, definition) { against_definition(false); }
+Test(cpu, exact_rows_definition) { against_definition(true); }
+
+/* exact_rows: the bits of a row of y do not depend on which rows stand beside it, nor on the number of threads. */
+Test(cpu, exact_rows)
+{
+    struct rig r;
+    rig_open_cpu(&r);
+    r.be->exact_rows = true;
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        const struct linear_case *c = &cases[i];
+        struct inputs in = make_inputs(&r, c);
+        float *whole = floats(&r, c->N * c->O), *part = floats(&r, c->N * c->O);
+        for (int64_t step = 0; step <= 7; step++) {
+            omp_set_num_threads(1 + (int)step % 3);
+            r.be->scratch = NULL;
+            rig_scratch(&r, (struct op_limits){.N = c->N, .C = c->C, .F = c->O, .V = c->O, .chunk_rows = c->N, .Hq = 1, .Hkv = 1, .D = 8});
+            float *y = step ? part : whole;
+            int64_t rows = step ? step : c->N;
+            for (int64_t n = 0; n < c->N; n += rows)
+                r.op->linear_forward(r.be, (act *)(y + n * c->O), (const act *)(in.x + n * c->C), (const act *)in.w, (const act *)in.bias, c->N - n < rows ? c->N - n : rows, c->C, c->O);
+            cr_assert(!memcmp(whole, y, (size_t)(c->N * c->O) * sizeof *y), "%s: rows by %ld differ", name(c), (long)rows);
+        }
         rig_reset(&r, name(c));
     }
     rig_close(&r);

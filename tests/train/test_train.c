@@ -35,7 +35,7 @@ static void make_world(void)
     snprintf(dir, sizeof dir, "%s/train-XXXXXX", base && strlen(base) < 150 ? base : "/tmp");
     cr_assert(mkdtemp(dir));
     freopen("/dev/null", "w", stdout);
-    struct fixture_options o = {.architecture = "qwen2", .rows = 1, .length = LENGTH, .loss = {.temperature = 1, .kd_weight = 1}, .seed = 5};
+    struct fixture_options o = {.architecture = "qwen2", .rows = 1, .length = LENGTH, .loss = {.temperature = 1, .kd_weight = 1}, .seed = 5, .exact_rows = true};
     struct train_state state = {.step = 1, .data_id = "0"};
     struct config *c = config_new();
     fixture_open(&teacher, &o);
