@@ -229,11 +229,9 @@ static int shards_settle(struct shard_writer *w)
     TRY(dir_list(w->shards, &names, &n));
     for (int i = 0; i < n && rc == OK; i++) {
         long long shard;
-        char again[64];
         bool taken, temporary = sscanf(names[i], ".tmp-shard-%18lld.h5-", &shard) == 1;
-        if (!temporary && sscanf(names[i], "shard-%18lld.h5", &shard) != 1) continue;
-        snprintf(again, sizeof again, "shard-%06lld.h5", shard);
-        if (shard < 0 || (!temporary && strcmp(names[i], again))) continue;   /* quarantined, or not ours */
+        if (!temporary) shard = shard_name_parse(names[i]);
+        if (shard < 0) continue;                                              /* quarantined, or not ours */
         if (shard >= shard_count(&w->manifest)) {
             if (!w->ranged) rc = beyond_settle(w, names[i], shard);
             continue;

@@ -348,10 +348,10 @@ static int take_flag(void *context, int argc, char **argv, int *i)
     int used = 0;
     if (!strcmp(argv[*i], "--dry-run")) { f->dry_run = true; return 1; }
     if (strcmp(argv[*i], "--shards")) return 0;
-    f->bad_range = *i + 1 == argc || sscanf(argv[*i + 1], "%18lld:%18lld%n", &first, &end, &used) != 2 || argv[*i + 1][used] || first < 0 || end <= first;
-    if (f->bad_range) return 1;
-    f->range = (struct shard_range){first, end};
-    ++*i;
+    if (*i + 1 == argc) { f->bad_range = true; return 1; }
+    const char *range = argv[++*i];
+    f->bad_range = sscanf(range, "%18lld:%18lld%n", &first, &end, &used) != 2 || range[used] || first < 0 || end <= first;
+    if (!f->bad_range) f->range = (struct shard_range){first, end};
     return 1;
 }
 
