@@ -7,9 +7,11 @@
 #include <math.h>
 #include <stdint.h>
 
+#include "base/device.h"
+
 struct philox { uint32_t v[4]; };
 
-static inline struct philox philox4x32(uint64_t key, uint64_t counter_hi, uint64_t counter_lo)
+static inline HOST_DEVICE struct philox philox4x32(uint64_t key, uint64_t counter_hi, uint64_t counter_lo)
 {
     uint32_t c0 = (uint32_t)counter_lo, c1 = (uint32_t)(counter_lo >> 32), c2 = (uint32_t)counter_hi, c3 = (uint32_t)(counter_hi >> 32);
     uint32_t k0 = (uint32_t)key, k1 = (uint32_t)(key >> 32);
@@ -19,7 +21,8 @@ static inline struct philox philox4x32(uint64_t key, uint64_t counter_hi, uint64
         c1 = (uint32_t)p1; c3 = (uint32_t)p0; c0 = n0; c2 = n2;
         k0 += 0x9e3779b9u; k1 += 0xbb67ae85u;
     }
-    return (struct philox){{c0, c1, c2, c3}};
+    struct philox r = {{c0, c1, c2, c3}};
+    return r;
 }
 
 /* 32 random bits -> [0, 1) with 24 bits, never 1 */

@@ -56,7 +56,7 @@ static bool line_parse(const char *text, size_t bytes, struct shard_entry *e, ch
 static bool entry_possible(const struct shard_manifest *m, const struct shard_entry *e)
 {
     return e->shard >= 0 && e->shard < shard_count(m) && e->rows == shard_rows(m, e->shard) && e->tokens == e->rows * m->row_length && e->targets >= 0 && e->targets <= e->tokens &&
-           e->bytes <= (int64_t)shard_bytes(m, e->shard) && e->bytes >= (int64_t)shard_bytes(m, e->shard) - (SHARD_FIELDS + 2) * SHARD_ALIGNMENT;
+           e->bytes <= (int64_t)shard_bytes(m, e->shard) && e->bytes >= (int64_t)shard_least_bytes(m, e->shard);
 }
 
 static int entry_add(struct journal *j, const struct shard_entry *e)

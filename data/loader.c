@@ -13,12 +13,13 @@
 #include <time.h>
 
 #include "base/error.h"
+#include "base/exp.h"
 #include "base/half.h"
 #include "base/rng.h"
 
 /* ---- batches ---- */
 
-struct batch *batch_new(int64_t rows, int64_t length, const struct shard_manifest *teacher)
+struct batch *batch_new(int64_t rows, int64_t length, const struct shard_manifest *teacher, bool samples)
 {
     struct batch *b = xcalloc(1, sizeof *b);
     size_t n = (size_t)(rows * length);
@@ -36,11 +37,13 @@ struct batch *batch_new(int64_t rows, int64_t length, const struct shard_manifes
     b->lse = xcalloc(n, sizeof *b->lse);
     b->label_logprob = xcalloc(n, sizeof *b->label_logprob);
     b->tail_logmass = xcalloc(n, sizeof *b->tail_logmass);
-    b->k = teacher->k;
-    if (teacher->kind == SHARD_TOPK) {
+    b->k = samples ? teacher->k + teacher->draws : teacher->k;
+    if (b->k) {
         b->head_ids = xcalloc(n * (size_t)b->k, sizeof *b->head_ids);
         b->head_logprob = xcalloc(n * (size_t)b->k, sizeof *b->head_logprob);
-    } else {
+        if (samples) b->weight = xcalloc(n * (size_t)b->k, sizeof *b->weight);
+    }
+    if (teacher->kind == SHARD_FULL) {
         b->full_width = teacher->valid_vocab;
         b->full_logits = xcalloc(n * (size_t)teacher->valid_vocab, sizeof *b->full_logits);
     }
@@ -51,7 +54,8 @@ void batch_free(struct batch *b)
 {
     if (!b) return;
     free(b->tokens); free(b->labels); free(b->mask); free(b->position); free(b->doc_begin); free(b->row_index); free(b->lse);
-    free(b->label_logprob); free(b->tail_logmass); free(b->head_ids); free(b->head_logprob); free(b->full_logits);
+    free(b->label_logprob); free(b->tail_logmass); free(b->head_ids); free(b->head_logprob);
+    free(b->weight); free(b->full_logits);
     free(b);
 }
 
@@ -96,6 +100,7 @@ struct loader {
     const struct corpus_rows *corpus;
     struct shard_manifest manifest; /* of the dataset */
     int t_index;                    /* of options.temperature in the manifest */
+    float log_count[SHARD_MAX_DRAWS + 1];
     int64_t rows, block_rows, blocks;
 
     /* the reader thread's */
@@ -215,6 +220,33 @@ out:
 
 /* ---- filling ---- */
 
+struct rescale { float scale, shift; };       /* log p_T = scale log p_0 + shift */
+
+static void logprobs_convert(float *to, const uint16_t *from, int64_t n, struct rescale s)
+{
+    for (int64_t e = 0; e < n; e++) to[e] = f16_to_float(from[e]);
+    if (s.scale != 1) for (int64_t e = 0; e < n; e++) to[e] = s.scale * to[e] + s.shift;
+    for (int64_t e = 0; e < n; e++) to[e] = to[e] < 0 ? to[e] : 0;
+}
+
+/* Draws from a tail of log mass log r at T0: w = c (r / m) p_T / p_0. At another T than T0 all of it in the exponent: p_T / p_0 alone may overflow where r is tiny. */
+static void draws_convert(const struct loader *l, float *w, float *logp, const uint16_t *from, const uint8_t *count, float log_r, bool other, struct rescale s)
+{
+    int64_t D = l->manifest.draws;
+    logprobs_convert(logp, from, D, s);
+    if (!other) {
+        float share = expf(log_r) / (float)D;
+        for (int64_t e = 0; e < D; e++) w[e] = (float)count[e] * share;
+        return;
+    }
+    float log_share = log_r - l->log_count[D] + s.shift;
+    for (int64_t e = 0; e < D; e++) {
+        float weight = exp_fp32(l->log_count[count[e]] + log_share + (s.scale - 1) * f16_to_float(from[e]));
+        w[e] = count[e] ? weight : 0;
+        logp[e] = count[e] ? logp[e] : 0;
+    }
+}
+
 /* Stored: log p_0 = t/T0 - lse_0, lse_i = log sum exp(t/T_i).  log p_i = t/T_i - lse_i = (T0/T_i) (log p_0 + lse_0) - lse_i.
  * Rounding may leave a hair above 0, which no log-probability is. */
 static void targets_convert(const struct loader *l, struct batch *b, int64_t i, const struct shard_row *r)
@@ -227,15 +259,27 @@ static void targets_convert(const struct loader *l, struct batch *b, int64_t i, 
         b->label_logprob[i * L + t] = f16_to_float(r->label_logprob[t]);
         b->tail_logmass[i * L + t] = r->tail ? fminf(r->tail[t * nT + j], 0) : -INFINITY;
     }
-    if (!K) return;
-    memcpy(b->head_ids + i * L * K, r->head_ids, (size_t)(L * K) * sizeof *b->head_ids);
-    for (int64_t t = 0; t < L; t++) {
-        const uint16_t *from = r->head_logprob + t * K;
-        float *to = b->head_logprob + (i * L + t) * K;
-        float scale = (float)ratio, shift = j ? (float)(ratio * r->lse[t * nT] - r->lse[t * nT + j]) : 0;
-        for (int64_t e = 0; e < K; e++) to[e] = f16_to_float(from[e]);
-        if (j) for (int64_t e = 0; e < K; e++) to[e] = scale * to[e] + shift;
-        for (int64_t e = 0; e < K; e++) to[e] = to[e] < 0 ? to[e] : 0;
+    for (int64_t t = 0; t < L && K; t++) {
+        int64_t at = (i * L + t) * b->k;
+        struct rescale s = {(float)ratio, j ? (float)(ratio * r->lse[t * nT] - r->lse[t * nT + j]) : 0};
+        memcpy(b->head_ids + at, r->head_ids + t * K, (size_t)K * sizeof *b->head_ids);
+        logprobs_convert(b->head_logprob + at, r->head_logprob + t * K, K, s);
+        if (!b->weight) continue;
+        for (int64_t e = 0; e < K; e++) b->weight[at + e] = exp_fp32(b->head_logprob[at + e]);
+    }
+    for (int64_t t = 0; t < L && b->weight; t++) {
+        int64_t at = (i * L + t) * b->k + K, D = m->draws;
+        const uint8_t *count = r->draw_count + t * D;
+        memcpy(b->head_ids + at, r->draw_ids + t * D, (size_t)D * sizeof *b->head_ids);
+        float *w = b->weight + at, *logp = b->head_logprob + at;
+        if (m->kind == SHARD_SAMPLED) {
+            float minus_entropy = -f16_to_float(r->entropy[t]);
+            for (int64_t e = 0; e < D; e++) w[e] = (float)count[e] / (float)D;
+            for (int64_t e = 0; e < D; e++) logp[e] = count[e] ? minus_entropy : 0;
+            continue;
+        }
+        draws_convert(l, w, logp, r->draw_logprob + t * D, count, r->tail[t * nT], j != 0,
+                      (struct rescale){(float)ratio, j ? (float)(ratio * r->lse[t * nT] - r->lse[t * nT + j]) : 0});
     }
 }
 
@@ -324,7 +368,12 @@ int loader_open_dataset(struct loader **out, struct shard_dataset *d, const stru
     if (t_index == m->n_temperatures) {
         char list[160] = "";
         for (int i = 0, n = 0; i < m->n_temperatures; i++) n += snprintf(list + n, sizeof list - (size_t)n, "%s%g", i ? ", " : "", m->temperatures[i]);
-        rc = fail(ERR_MISMATCH, "temperature %g was asked for, the dataset has %s; use one of these or dump again with %g in its list", o->temperature, list, o->temperature);
+        rc = m->kind == SHARD_SAMPLED ? fail(ERR_MISMATCH, "temperature %g was asked for, but kind sampled serves only the one it was drawn at, %s; use that, or dump shards.kind hybrid, which serves every one listed", o->temperature, list)
+                                      : fail(ERR_MISMATCH, "temperature %g was asked for, the dataset has %s; use one of these or dump again with %g in its list", o->temperature, list, o->temperature);
+        goto out;
+    }
+    if (o->samples && m->kind == SHARD_TOPK) {
+        rc = fail(ERR_MISMATCH, "samples were asked for, the dataset is of kind topk, which holds no draws from the tail; dump shards.kind hybrid");
         goto out;
     }
     TRY(shard_dataset_refresh(d, &sealed));
@@ -337,10 +386,11 @@ int loader_open_dataset(struct loader **out, struct shard_dataset *d, const stru
     l->dataset = d;
     l->manifest = *m;
     l->t_index = t_index;
+    for (int i = 1; i <= SHARD_MAX_DRAWS; i++) l->log_count[i] = logf((float)i);
     shard_row_alloc(&l->row, m);
     free(l->row.logits);            /* batch_fill points it into the batch */
     l->row.logits = NULL;
-    for (int i = 0; i < SLOTS; i++) l->slots[i].batch = batch_new(o->batch_rows, m->row_length, m);
+    for (int i = 0; i < SLOTS; i++) l->slots[i].batch = batch_new(o->batch_rows, m->row_length, m, o->samples);
     *out = l;
 out:
     return rc;
@@ -352,7 +402,7 @@ int loader_open_rows(struct loader **out, const struct corpus_rows *r, const str
     CHECK(o->batch_rows > 0 && o->batch_rows <= INT32_MAX / r->length, "%lld rows of %lld positions in a batch", (long long)o->batch_rows, (long long)r->length);
     struct loader *l = loader_new(o, r->rows, r->rows);
     l->corpus = r;
-    for (int i = 0; i < SLOTS; i++) l->slots[i].batch = batch_new(o->batch_rows, r->length, NULL);
+    for (int i = 0; i < SLOTS; i++) l->slots[i].batch = batch_new(o->batch_rows, r->length, NULL, false);
     *out = l;
     return OK;
 }

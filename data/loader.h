@@ -7,6 +7,8 @@
  * Without shuffle: rows as stored, once; the last batch may have fewer rows. An order depends on the manifest alone, not on
  * what is sealed, so (seed, epoch, cursor) names the same rows while a dataset grows and after.
  * Targets at temperature T = temperatures[i]: log p_T = (T0 / T) (log p_0 + lse_0) - lse_i, at most 0; as stored when T = T0.
+ * Weights: head p_T; a draw counted c of m, from the tail of mass r at T0: w = (c / m) r p_T / p_0, its proposal being p_0 / r (importance sampling, unbiased at
+ * every T); kind sampled: c / N, at T0 alone.
  * A reader thread keeps the next batches ready; the time the step had to wait for it is counted.
  */
 #ifndef DATA_LOADER_H
@@ -29,10 +31,11 @@ struct batch {
     int64_t n_docs, max_doc;      /* room for N + 1 entries; longest document */
     int64_t n_targets;            /* supervised positions */
     /* teacher targets; NULL without */
-    int32_t k;                    /* K */
-    int32_t *head_ids;            /* [N, K] */
-    float   *head_logprob;        /* [N, K] log p at the loader's temperature */
-    float   *tail_logmass;        /* [N] log(1 - sum of head p), -INFINITY when nothing is left */
+    int32_t k;                    /* entries per position: K; with samples K + m (hybrid: the head, then the draws) or N (sampled) */
+    int32_t *head_ids;            /* [N, k] different within a position, but for unused slots: id 0, log p 0, weight 0 */
+    float   *head_logprob;        /* [N, k] log p at the loader's temperature; kind sampled stores none: minus the entropy, so that sum w (log p - log q) is cross entropy less entropy */
+    float   *weight;              /* [N, k] with samples: an unbiased estimate of p, so that sum w f(id) estimates sum p f over the vocabulary; else NULL */
+    float   *tail_logmass;        /* [N] log of the mass outside the head, -INFINITY when nothing is left */
     uint16_t *full_logits;        /* [N, Vv] f16 as stored, t / temperatures[0] (kind full) */
     float    full_scale;          /* full_logits * full_scale = t / T at the loader's temperature: a rescaled f16 would be rounded twice */
     int64_t full_width;           /* Vv: ids per position in full_logits */
@@ -41,13 +44,15 @@ struct batch {
     int64_t *row_index;           /* [B] which row of the dataset, for messages */
 };
 
-struct batch *batch_new(int64_t rows, int64_t length, const struct shard_manifest *teacher /* NULL: without targets */);
+/* samples: room for what a loader with that option fills in */
+struct batch *batch_new(int64_t rows, int64_t length, const struct shard_manifest *teacher /* NULL: without targets */, bool samples);
 void batch_free(struct batch *b);   /* NULL-safe */
 
 struct loader_options {
     int64_t batch_rows;           /* rows of one micro-batch */
     uint64_t seed;
     float temperature;            /* must be listed in the manifest, else ERR_MISMATCH naming both */
+    bool samples;                 /* kinds that draw: head and draws with their weights; else the head alone. No difference for kind full; ERR_MISMATCH for topk, which draws nothing */
     bool follow; double wait_s;   /* wait for shards that are not sealed yet, at most wait_s for one (then ERR_LOST); 0: for ever. Without: every shard must be sealed */
     bool shuffle;                 /* false: dataset order, one epoch, for evaluation */
     volatile const int *stop;     /* waiting ends with ERR_STOPPED when *stop becomes nonzero; may be NULL */

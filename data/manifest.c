@@ -27,35 +27,49 @@ const char *shard_kind_name(enum shard_kind kind) { return kind_names[kind]; }
 
 void shard_layout(const struct shard_manifest *m, struct shard_layout *layout)
 {
-    static const int width[] = {[SHARD_U8] = 1, [SHARD_U16] = 2, [SHARD_U32] = 4, [SHARD_F16] = 2, [SHARD_F32] = 4};
-    int64_t L = m->row_length, K = m->k, nT = m->n_temperatures;
-    bool head = m->kind == SHARD_TOPK;
+    int64_t L = m->row_length, K = m->k, D = m->draws, nT = m->n_temperatures;
     memset(layout, 0, SHARD_FIELDS * sizeof *layout);
-    layout[SHARD_TOKENS]        = (struct shard_layout){"tokens", SHARD_U32, 2, {L, 1}, 0};
-    layout[SHARD_LOSS_MASK]     = (struct shard_layout){"loss_mask", SHARD_U8, 2, {L, 1}, 0};
-    layout[SHARD_DOCUMENT]      = (struct shard_layout){"document", SHARD_U16, 2, {L, 1}, 0};
-    layout[SHARD_LSE]           = (struct shard_layout){"lse", SHARD_F32, 3, {L, nT}, 0};
-    layout[SHARD_ENTROPY]       = (struct shard_layout){"entropy", SHARD_F16, 2, {L, 1}, 0};
-    layout[SHARD_LABEL_LOGPROB] = (struct shard_layout){"label_logprob", SHARD_F16, 2, {L, 1}, 0};
-    layout[SHARD_ROW_CRC]       = (struct shard_layout){"row_crc", SHARD_U32, 1, {1, 1}, 0};
-    if (head) {
-        layout[SHARD_TAIL]         = (struct shard_layout){"tail", SHARD_F32, 3, {L, nT}, 0};
-        layout[SHARD_IDS_LOW]      = (struct shard_layout){"head_ids_low", SHARD_U16, 3, {L, K}, 0};
-        layout[SHARD_IDS_HIGH]     = (struct shard_layout){"head_ids_high", SHARD_U8, 3, {L, (K + 3) / 4}, 0};
-        layout[SHARD_HEAD_LOGPROB] = (struct shard_layout){"head_logprob", SHARD_F16, 3, {L, K}, 0};
-    } else {
-        layout[SHARD_LOGITS]       = (struct shard_layout){"logits", SHARD_F16, 3, {L, m->valid_vocab}, 0};
+    layout[SHARD_TOKENS]        = (struct shard_layout){"tokens", SHARD_U32, 2, {L, 1}, 0, 0};
+    layout[SHARD_LOSS_MASK]     = (struct shard_layout){"loss_mask", SHARD_U8, 2, {L, 1}, 0, 0};
+    layout[SHARD_DOCUMENT]      = (struct shard_layout){"document", SHARD_U16, 2, {L, 1}, 0, 0};
+    layout[SHARD_LSE]           = (struct shard_layout){"lse", SHARD_F32, 3, {L, nT}, 0, 0};
+    layout[SHARD_ENTROPY]       = (struct shard_layout){"entropy", SHARD_F16, 2, {L, 1}, 0, 0};
+    layout[SHARD_LABEL_LOGPROB] = (struct shard_layout){"label_logprob", SHARD_F16, 2, {L, 1}, 0, 0};
+    layout[SHARD_ROW_CRC]       = (struct shard_layout){"row_crc", SHARD_U32, 1, {1, 1}, 0, 0};
+    if (shard_kind_has_head(m->kind)) {
+        layout[SHARD_TAIL]         = (struct shard_layout){"tail", SHARD_F32, 3, {L, nT}, 0, 0};
+        layout[SHARD_IDS_LOW]      = (struct shard_layout){"head_ids_low", SHARD_U16, 3, {L, K}, 0, 0};
+        layout[SHARD_IDS_HIGH]     = (struct shard_layout){"head_ids_high", SHARD_U8, 3, {L, ids_high_bytes(K)}, 0, 0};
+        layout[SHARD_HEAD_LOGPROB] = (struct shard_layout){"head_logprob", SHARD_F16, 3, {L, K}, 0, 0};
     }
+    if (m->kind == SHARD_HYBRID) {
+        layout[SHARD_DRAW_LOW]     = (struct shard_layout){"tail_ids_low", SHARD_U16, 3, {L, D}, 0, 0};
+        layout[SHARD_DRAW_HIGH]    = (struct shard_layout){"tail_ids_high", SHARD_U8, 3, {L, ids_high_bytes(D)}, 0, 0};
+        layout[SHARD_DRAW_COUNT]   = (struct shard_layout){"tail_count", SHARD_U8, 3, {L, D}, 0, 0};
+        layout[SHARD_DRAW_LOGPROB] = (struct shard_layout){"tail_logprob", SHARD_F16, 3, {L, D}, 0, 0};
+    }
+    if (m->kind == SHARD_SAMPLED) {
+        layout[SHARD_DRAW_OFFSET]  = (struct shard_layout){"sample_offset", SHARD_U32, 2, {L + 1, 1}, 0, 0};
+        layout[SHARD_DRAW_LOW]     = (struct shard_layout){"sample_ids_low", SHARD_U16, 1, {1, 1}, 0, 1};
+        layout[SHARD_DRAW_HIGH]    = (struct shard_layout){"sample_ids_high", SHARD_U8, 1, {1, 1}, 0, RAGGED_STEP};
+        layout[SHARD_DRAW_COUNT]   = (struct shard_layout){"sample_count", SHARD_U8, 1, {1, 1}, 0, 1};
+    }
+    if (m->kind == SHARD_FULL) layout[SHARD_LOGITS] = (struct shard_layout){"logits", SHARD_F16, 3, {L, m->valid_vocab}, 0, 0};
     for (int f = 0; f < SHARD_FIELDS; f++)
-        if (layout[f].name) layout[f].row_bytes = layout[f].dims[0] * layout[f].dims[1] * width[layout[f].type];
+        if (layout[f].name && !layout[f].ragged) layout[f].row_bytes = layout[f].dims[0] * layout[f].dims[1] * shard_type_bytes(layout[f].type);
 }
 
-static int64_t row_bytes(const struct shard_manifest *m)
+/* Of all fields, with so many entries in a ragged one. */
+static int64_t row_bytes(const struct shard_manifest *m, int64_t entries, int *fields)
 {
     struct shard_layout layout[SHARD_FIELDS];
     int64_t bytes = 0;
     shard_layout(m, layout);
-    for (int f = 0; f < SHARD_FIELDS; f++) bytes += layout[f].row_bytes;
+    *fields = 0;
+    for (int f = 0; f < SHARD_FIELDS; f++) {
+        bytes += layout[f].ragged ? entries / layout[f].ragged * shard_type_bytes(layout[f].type) : layout[f].row_bytes;
+        *fields += layout[f].name != NULL;
+    }
     return bytes;
 }
 
@@ -68,10 +82,18 @@ int64_t shard_rows(const struct shard_manifest *m, int64_t shard)
     return left < m->rows_per_shard ? left : m->rows_per_shard;
 }
 
-/* HDF5's own metadata is one page, and every field may be padded to the next. */
+/* HDF5's own metadata are two pages, and every field may be padded to the next. */
 size_t shard_bytes(const struct shard_manifest *m, int64_t shard)
 {
-    return (size_t)(shard_rows(m, shard) * row_bytes(m) + (SHARD_FIELDS + 2) * SHARD_ALIGNMENT);
+    int fields;
+    int64_t row = row_bytes(m, ragged_row_most(m), &fields);
+    return (size_t)(shard_rows(m, shard) * row + (fields + 3) * SHARD_ALIGNMENT);
+}
+
+size_t shard_least_bytes(const struct shard_manifest *m, int64_t shard)
+{
+    int fields;
+    return (size_t)(shard_rows(m, shard) * row_bytes(m, 0, &fields));
 }
 
 /* ---- checks ---- */
@@ -82,8 +104,6 @@ int manifest_check(const struct shard_manifest *m, const char *where, int status
 {
 #define WITHIN(value, low, high, key) \
     if ((value) < (low) || (value) > (high)) return fail(status, "%s: %s is %lld, not in %lld .. %lld", where, key, (long long)(value), (long long)(low), (long long)(high))
-    if (m->kind == SHARD_HYBRID || m->kind == SHARD_SAMPLED)
-        return fail(status, "%s: kind \"%s\" belongs to format %d, but this version of distill writes and reads topk and full only", where, kind_names[m->kind], SHARD_VERSION);
     WITHIN(m->rows, 1, MAX_ROWS, "rows");
     WITHIN(m->row_length, 2, SHARD_MAX_LENGTH, "row_length");
     WITHIN(m->rows_per_shard, 1, m->rows, "rows_per_shard");
@@ -91,8 +111,9 @@ int manifest_check(const struct shard_manifest *m, const char *where, int status
         return fail(status, "%s: %lld rows in shards of %lld make more than %d shards; use larger shards", where, (long long)m->rows, (long long)m->rows_per_shard, SHARD_MAX_SHARDS);
     WITHIN(m->valid_vocab, 1, SHARD_MAX_VOCAB, "valid_vocab");
     WITHIN(m->teacher_vocab, m->valid_vocab, INT32_MAX, "teacher_vocab");
-    int max_k = m->kind == SHARD_FULL ? 0 : m->valid_vocab < SHARD_MAX_K ? m->valid_vocab : SHARD_MAX_K;
+    int max_k = !shard_kind_has_head(m->kind) ? 0 : m->valid_vocab < SHARD_MAX_K ? m->valid_vocab : SHARD_MAX_K, draws = shard_kind_draws(m->kind);
     WITHIN(m->k, max_k ? 1 : 0, max_k, "k");
+    WITHIN(m->draws, draws, draws ? SHARD_MAX_DRAWS : 0, m->kind == SHARD_SAMPLED ? "n" : "m");
     WITHIN(m->text_bytes, 0, INT64_MAX, "text_bytes");
     WITHIN(m->n_temperatures, 1, SHARD_MAX_TEMPERATURES, "number of temperatures");
     for (int i = 0; i < m->n_temperatures; i++) {
@@ -100,8 +121,14 @@ int manifest_check(const struct shard_manifest *m, const char *where, int status
         for (int j = 0; j < i; j++)
             if (m->temperatures[i] == m->temperatures[j]) return fail(status, "%s: temperature %g is listed twice", where, m->temperatures[i]);
     }
-    if (m->rows_per_shard > SHARD_MAX_BYTES / row_bytes(m))
-        return fail(status, "%s: %lld rows of %lld bytes make a shard of more than 2^40 bytes; use smaller shards", where, (long long)m->rows_per_shard, (long long)row_bytes(m));
+    if (m->kind == SHARD_SAMPLED && m->n_temperatures > 1)
+        return fail(status, "%s: %d temperatures are listed, but draws serve only the one they are made at: kind sampled has one temperature; list one, or use kind hybrid, which serves every one listed", where, m->n_temperatures);
+    if (m->kind == SHARD_SAMPLED && m->rows_per_shard > UINT32_MAX / ragged_row_most(m))
+        return fail(status, "%s: %lld rows of %lld positions with %d draws can be more than 2^32 entries of a shard; use smaller shards", where, (long long)m->rows_per_shard, (long long)m->row_length, m->draws);
+    int fields;
+    int64_t row = row_bytes(m, ragged_row_most(m), &fields);
+    if (m->rows_per_shard > SHARD_MAX_BYTES / row)
+        return fail(status, "%s: %lld rows of %lld bytes make a shard of more than 2^40 bytes; use smaller shards", where, (long long)m->rows_per_shard, (long long)row);
     const char *hashes[] = {m->teacher_config_hash, m->teacher_weights_hash, m->tokenizer_hash, m->corpus_hash};
     for (int i = 0; i < 4; i++)
         if (!hash_is_valid(hashes[i])) return fail(status, "%s: \"%s\" is not a SHA-256 in lower-case hex", where, hashes[i]);
@@ -125,6 +152,9 @@ static double decimal_of(float value)
 
 enum { DUMP_FLAGS = JSON_ENCODE_ANY | JSON_REAL_PRECISION(9) };
 
+/* The key of D; NULL: this kind does not draw, and a manifest of it has no such key. */
+static const char *draws_key(enum shard_kind kind) { return kind == SHARD_HYBRID ? "m" : kind == SHARD_SAMPLED ? "n" : NULL; }
+
 /* Every key but "check". NULL when a string is not UTF-8. */
 static json_t *manifest_to_json(const struct shard_manifest *m)
 {
@@ -132,13 +162,15 @@ static json_t *manifest_to_json(const struct shard_manifest *m)
     snprintf(seed, sizeof seed, "%llu", (unsigned long long)m->seed);
     json_t *temperatures = json_array();
     for (int i = 0; i < m->n_temperatures; i++) json_array_append_new(temperatures, json_real(decimal_of(m->temperatures[i])));
-    return json_pack("{s:s, s:i, s:s, s:s, s:I, s:I, s:I, s:i, s:o, s:i, s:i, s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:I}",
+    json_t *o = json_pack("{s:s, s:i, s:s, s:s, s:I, s:I, s:I, s:i, s:o, s:i, s:i, s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:I}",
                      "format", SHARD_FORMAT, "version", SHARD_VERSION, "tool", "distill " DISTILL_VERSION, "kind", kind_names[m->kind],
                      "rows", (json_int_t)m->rows, "row_length", (json_int_t)m->row_length, "rows_per_shard", (json_int_t)m->rows_per_shard,
                      "k", m->k, "temperatures", temperatures, "valid_vocab", (int)m->valid_vocab, "teacher_vocab", (int)m->teacher_vocab,
                      "seed", seed, "teacher_name", m->teacher_name, "teacher_config_hash", m->teacher_config_hash,
                      "teacher_weights_hash", m->teacher_weights_hash, "tokenizer_hash", m->tokenizer_hash, "corpus_hash", m->corpus_hash,
                      "packing", m->packing, "text_bytes", (json_int_t)m->text_bytes);
+    if (o && draws_key(m->kind)) json_object_set_new(o, draws_key(m->kind), json_integer(m->draws));
+    return o;
 }
 
 int manifest_write(const char *dir, const struct shard_manifest *m)
@@ -187,7 +219,7 @@ static int members_parse(const json_t *o, const char *where, struct shard_manife
                                         "teacher_vocab", "seed", "teacher_name", "teacher_config_hash", "teacher_weights_hash", "tokenizer_hash",
                                         "corpus_hash", "packing", "text_bytes", "check"};
     int rc = OK;
-    int64_t version = 0, k = 0, valid_vocab = 0, teacher_vocab = 0;
+    int64_t version = 0, k = 0, draws = 0, valid_vocab = 0, teacher_vocab = 0;
     char format[64], kind[32], tool[256], seed[24];
     TRY(get_text(o, "format", where, format, sizeof format));
     if (strcmp(format, SHARD_FORMAT)) { rc = fail(ERR_INPUT, "%s: format is \"%s\", not \"" SHARD_FORMAT "\"", where, format); goto out; }
@@ -196,23 +228,24 @@ static int members_parse(const json_t *o, const char *where, struct shard_manife
     TRY(get_text(o, "kind", where, kind, sizeof kind));
     for (m->kind = 0; m->kind < SHARD_KIND_COUNT && strcmp(kind, kind_names[m->kind]); m->kind++) {}
     if (m->kind == SHARD_KIND_COUNT) { rc = fail(ERR_INPUT, "%s: kind \"%s\" is not known to format version %d", where, kind, SHARD_VERSION); goto out; }
-    if (m->kind == SHARD_HYBRID || m->kind == SHARD_SAMPLED) { rc = manifest_check(m, where, ERR_INPUT); goto out; }   /* before keys only they have */
-    const char *key;
+    const char *key, *drawn = draws_key(m->kind);
     json_t *value;
     json_object_foreach((json_t *)o, key, value) {
         size_t i = 0, n = sizeof known / sizeof *known;
         while (i < n && strcmp(key, known[i])) i++;
-        if (i == n) { rc = fail(ERR_INPUT, "%s: key \"%s\" is not known to format version %d: use a newer distill", where, key, SHARD_VERSION); goto out; }
+        if (i == n && !(drawn && !strcmp(key, drawn))) { rc = fail(ERR_INPUT, "%s: key \"%s\" is not known to format version %d: use a newer distill", where, key, SHARD_VERSION); goto out; }
     }
     TRY(get_text(o, "tool", where, tool, sizeof tool));
     TRY(get_int(o, "rows", where, 1, MAX_ROWS, &m->rows));
     TRY(get_int(o, "row_length", where, 2, SHARD_MAX_LENGTH, &m->row_length));
     TRY(get_int(o, "rows_per_shard", where, 1, MAX_ROWS, &m->rows_per_shard));
     TRY(get_int(o, "k", where, 0, SHARD_MAX_K, &k));
+    if (drawn) TRY(get_int(o, drawn, where, 1, SHARD_MAX_DRAWS, &draws));
     TRY(get_int(o, "valid_vocab", where, 1, SHARD_MAX_VOCAB, &valid_vocab));
     TRY(get_int(o, "teacher_vocab", where, 1, INT32_MAX, &teacher_vocab));
     TRY(get_int(o, "text_bytes", where, 0, INT64_MAX, &m->text_bytes));
     m->k = (int)k;
+    m->draws = (int)draws;
     m->valid_vocab = (int32_t)valid_vocab;
     m->teacher_vocab = (int32_t)teacher_vocab;
     TRY(get_text(o, "seed", where, seed, sizeof seed));

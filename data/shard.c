@@ -171,8 +171,24 @@ static uint64_t link_find(const struct object *o, const char *name, int *links)
     return address;
 }
 
-static int field_check(const struct shard_file *f, const struct object *o, const struct shard_layout *l, int64_t rows, int64_t *offset)
+/* The first ragged field says how many entries there are, within what the rows can have; the others must agree. */
+static int entries_check(struct shard_file *f, const struct shard_manifest *m, const struct shard_layout *l, uint64_t elements)
 {
+    uint64_t most = (uint64_t)(shard_rows(m, f->shard) * ragged_row_most(m));
+    if (!f->entries) {
+        if (elements < RAGGED_STEP || elements % RAGGED_STEP || elements > most || l->ragged != 1)
+            return fail(ERR_INPUT, "%s: dataset %s has %llu entries, not a multiple of %d up to %llu; " SHARD_REMEDY, f->path, l->name, (unsigned long long)elements, RAGGED_STEP, (unsigned long long)most);
+        f->entries = (int64_t)elements;
+    }
+    if (elements != (uint64_t)(f->entries / l->ragged))
+        return fail(ERR_INPUT, "%s: dataset %s has %llu elements for %lld entries; " SHARD_REMEDY, f->path, l->name, (unsigned long long)elements, (long long)f->entries);
+    return OK;
+}
+
+static int field_check(struct shard_file *f, const struct shard_manifest *m, const struct object *o, const struct shard_layout *l, int64_t *offset)
+{
+    int rc = OK;
+    int64_t rows = shard_rows(m, f->shard);
     const char *path = f->path;
     const struct message *space = object_message(o, MSG_DATASPACE, 4), *type = object_message(o, MSG_DATATYPE, types[l->type].n), *layout = object_message(o, MSG_LAYOUT, 2);
     if (!type || (type->data[0] & 15) != types[l->type].bytes[0] || memcmp(type->data + 1, types[l->type].bytes + 1, types[l->type].n - 1))
@@ -181,14 +197,16 @@ static int field_check(const struct shard_file *f, const struct object *o, const
         return fail(ERR_INPUT, "%s: dataset %s does not have %d dimensions; " SHARD_REMEDY, path, l->name, l->rank);
     for (int i = 0; i < l->rank; i++) {
         uint64_t is = number_at(space->data + 4 + 8 * i, 8), want = (uint64_t)(i ? l->dims[i - 1] : rows);
-        if (is != want) return fail(ERR_INPUT, "%s: dimension %d of dataset %s is %llu, the manifest says %llu; " SHARD_REMEDY, path, i, l->name, (unsigned long long)is, (unsigned long long)want);
+        if (l->ragged) TRY(entries_check(f, m, l, is));
+        else if (is != want) return fail(ERR_INPUT, "%s: dimension %d of dataset %s is %llu, the manifest says %llu; " SHARD_REMEDY, path, i, l->name, (unsigned long long)is, (unsigned long long)want);
     }
     if (!layout || (layout->data[0] != 3 && layout->data[0] != 4) || layout->data[1] != 1 || layout->bytes < 18 || object_has(o, MSG_EXTERNAL) || object_has(o, MSG_FILTERS))
         return fail(ERR_INPUT, "%s: dataset %s is not stored in one piece in this file; " SHARD_REMEDY, path, l->name);
-    uint64_t at = number_at(layout->data + 2, 8), size = number_at(layout->data + 10, 8), need = (uint64_t)(rows * l->row_bytes);
+    uint64_t at = number_at(layout->data + 2, 8), size = number_at(layout->data + 10, 8), need = (uint64_t)(l->ragged ? f->entries / l->ragged * shard_type_bytes(l->type) : rows * l->row_bytes);
     if (size != need || at > (uint64_t)f->bytes || need > (uint64_t)f->bytes - at) return fail(ERR_INPUT, "%s: dataset %s does not lie within the file; " SHARD_REMEDY, path, l->name);
     *offset = (int64_t)at;
-    return OK;
+out:
+    return rc;
 }
 
 static int structure_check(struct shard_file *f, const struct shard_manifest *m, const char *id)
@@ -214,7 +232,7 @@ static int structure_check(struct shard_file *f, const struct shard_manifest *m,
             if (rc == OK) rc = fail(ERR_INPUT, "%s: dataset %s is missing or damaged; " SHARD_REMEDY, f->path, layout[i].name);
             goto out;
         }
-        TRY(field_check(f, field, &layout[i], shard_rows(m, f->shard), &f->offset[i]));
+        TRY(field_check(f, m, field, &layout[i], &f->offset[i]));
         fields++;
     }
     if (links != fields) rc = fail(ERR_INPUT, "%s: has datasets that the format does not name; " SHARD_REMEDY, f->path);
@@ -269,39 +287,61 @@ void shard_file_close(struct shard_file *f)
 
 /* ---- rows ---- */
 
+/* Where in row->packed the fields lie that are not read in place, each with the room of the largest row; returns the bytes of all. */
+static int64_t packed_places(const struct shard_manifest *m, const struct shard_layout *layout, int64_t at[SHARD_FIELDS])
+{
+    int64_t bytes = 0;
+    for (int f = 0; f < SHARD_FIELDS; f++) {
+        at[f] = -1;
+        bool apart = f == SHARD_IDS_LOW || f == SHARD_IDS_HIGH || f == SHARD_DRAW_OFFSET || f == SHARD_DRAW_LOW || f == SHARD_DRAW_HIGH || layout[f].ragged;
+        if (!layout[f].name || !apart) continue;
+        at[f] = bytes;
+        bytes += layout[f].ragged ? ragged_row_most(m) / layout[f].ragged * shard_type_bytes(layout[f].type) : layout[f].row_bytes;
+        bytes = (bytes + 7) & ~(int64_t)7;
+    }
+    return bytes;
+}
+
 void shard_row_alloc(struct shard_row *row, const struct shard_manifest *m)
 {
-    size_t L = (size_t)m->row_length, nT = (size_t)m->n_temperatures, K = (size_t)m->k;
+    size_t L = (size_t)m->row_length, nT = (size_t)m->n_temperatures, K = (size_t)m->k, D = (size_t)m->draws;
     *row = (struct shard_row){.tokens = xcalloc(L, 4), .loss_mask = xcalloc(L, 1), .document = xcalloc(L, 2),
                               .lse = xcalloc(L * nT, 4), .entropy = xcalloc(L, 2), .label_logprob = xcalloc(L, 2)};
-    if (m->kind == SHARD_TOPK) {
+    if (shard_kind_has_head(m->kind)) {
         row->tail = xcalloc(L * nT, 4);
         row->head_ids = xcalloc(L * K, 4);
         row->head_logprob = xcalloc(L * K, 2);
-        row->packed = xcalloc(L, 2 * K + (K + 3) / 4);
-    } else {
-        row->logits = xcalloc(L * (size_t)m->valid_vocab, 2);
+    }
+    if (shard_kind_draws(m->kind)) {
+        row->draw_ids = xcalloc(L * D, 4);
+        row->draw_count = xcalloc(L * D, 1);
+    }
+    if (m->kind == SHARD_HYBRID) row->draw_logprob = xcalloc(L * D, 2);
+    if (m->kind == SHARD_FULL) row->logits = xcalloc(L * (size_t)m->valid_vocab, 2);
+    else {
+        struct shard_layout layout[SHARD_FIELDS];
+        int64_t at[SHARD_FIELDS];
+        shard_layout(m, layout);
+        row->packed = xcalloc(1, (size_t)packed_places(m, layout, at));
     }
 }
 
 void shard_row_free(struct shard_row *row)
 {
     free(row->tokens); free(row->loss_mask); free(row->document); free(row->lse); free(row->tail); free(row->entropy);
-    free(row->label_logprob); free(row->head_ids); free(row->head_logprob); free(row->logits); free(row->packed);
+    free(row->label_logprob); free(row->head_ids); free(row->head_logprob); free(row->logits);
+    free(row->draw_ids); free(row->draw_count); free(row->draw_logprob); free(row->packed);
     *row = (struct shard_row){0};
 }
 
 uint32_t shard_row_crc_start(int64_t row) { return crc32c(0, &row, sizeof row); }
 
 /* Ids are split so that 18 bits cost 2.25 bytes: low 16 bits, and the two high bits of four ids in a byte, the first lowest. */
-static int ids_unpack(const struct shard_manifest *m, struct shard_row *r)
+static int ids_unpack(uint32_t *ids, const uint16_t *low, const uint8_t *high, int64_t positions, int64_t K, const char *name)
 {
-    int64_t K = m->k, H = (K + 3) / 4;
-    const uint16_t *low = (const uint16_t *)r->packed;
-    const uint8_t *high = r->packed + 2 * m->row_length * K;
+    int64_t H = ids_high_bytes(K);
     uint8_t unused = K % 4 ? (uint8_t)(0xff << 2 * (K % 4)) : 0;
-    for (int64_t t = 0; t < m->row_length; t++, low += K, high += H) {
-        uint32_t *ids = r->head_ids + t * K;
+    for (int64_t t = 0; t < positions; t++, ids += K, low += K, high += H) {
         int64_t i = 0;
         for (; i + 4 <= K; i += 4) {
             uint32_t h = high[i >> 2];
@@ -311,27 +351,68 @@ static int ids_unpack(const struct shard_manifest *m, struct shard_row *r)
             ids[i + 3] = low[i + 3] | (h & 0xc0) << 10;
         }
         for (; i < K; i++) ids[i] = low[i] | (uint32_t)(high[i >> 2] >> 2 * (i & 3) & 3) << 16;
-        if (high[H - 1] & unused) return fail(ERR_INPUT, "position %lld: the unused bits of head_ids_high are not 0", (long long)t);
+        if (high[H - 1] & unused) return fail(ERR_INPUT, "position %lld: the unused bits of %s are not 0", (long long)t, name);
     }
     return OK;
 }
 
-static int row_pread(const struct shard_file *f, const struct shard_manifest *m, const struct shard_layout *layout, int64_t row, struct shard_row *out, uint32_t *crc, uint32_t *stored)
+/* The entries of a row of kind sampled: [*begin, *begin + *n) of the shard's, padding included. False: its offsets cannot be. */
+static bool ragged_range(const struct shard_file *f, const struct shard_manifest *m, const uint32_t *offset, int64_t *begin, int64_t *n)
+{
+    *begin = offset[0];
+    *n = 0;
+    if (*begin % RAGGED_STEP || *begin > f->entries) return false;
+    for (int64_t t = 0; t < m->row_length; t++)
+        if (offset[t + 1] < offset[t] || offset[t + 1] - offset[t] > (uint32_t)m->draws) return false;
+    int64_t length = ragged_round((int64_t)offset[m->row_length] - *begin);
+    if (length > f->entries - *begin) return false;
+    *n = length;
+    return true;
+}
+
+/* The entries into m->draws slots per position. */
+static int draws_unpack(const struct shard_file *f, const struct shard_manifest *m, const int64_t at[SHARD_FIELDS], struct shard_row *r)
+{
+    const uint32_t *offset = (const uint32_t *)(r->packed + at[SHARD_DRAW_OFFSET]);
+    const uint16_t *low = (const uint16_t *)(r->packed + at[SHARD_DRAW_LOW]);
+    const uint8_t *high = r->packed + at[SHARD_DRAW_HIGH], *count = r->packed + at[SHARD_DRAW_COUNT];
+    int64_t begin, n, L = m->row_length, D = m->draws, i = 0;
+    if (!ragged_range(f, m, offset, &begin, &n)) return fail(ERR_INPUT, "the offsets of its draws do not ascend by at most %lld within the %lld entries of the shard", (long long)D, (long long)f->entries);
+    memset(r->draw_ids, 0, (size_t)(L * D) * sizeof *r->draw_ids);
+    memset(r->draw_count, 0, (size_t)(L * D));
+    for (int64_t t = 0; t < L; t++)
+        for (int64_t slot = 0; i < offset[t + 1] - begin; i++, slot++) {
+            if (!count[i]) return fail(ERR_INPUT, "position %lld: an entry with count 0", (long long)t);
+            r->draw_ids[t * D + slot] = low[i] | (uint32_t)(high[i >> 2] >> 2 * (i & 3) & 3) << 16;
+            r->draw_count[t * D + slot] = count[i];
+        }
+    for (; i < n; i++)
+        if (low[i] || count[i] || high[i >> 2] >> 2 * (i & 3) & 3) return fail(ERR_INPUT, "the entries behind its last position are not 0");
+    return OK;
+}
+
+static int row_pread(const struct shard_file *f, const struct shard_manifest *m, const struct shard_layout *layout, const int64_t at[SHARD_FIELDS], int64_t row, struct shard_row *out,
+                     uint32_t *crc, uint32_t *stored)
 {
     int rc = OK;
+    int64_t begin = 0, entries = 0;
     void *data[SHARD_FIELDS] = {
         [SHARD_TOKENS] = out->tokens, [SHARD_LOSS_MASK] = out->loss_mask, [SHARD_DOCUMENT] = out->document, [SHARD_LSE] = out->lse, [SHARD_TAIL] = out->tail,
-        [SHARD_ENTROPY] = out->entropy, [SHARD_LABEL_LOGPROB] = out->label_logprob, [SHARD_IDS_LOW] = out->packed,
-        [SHARD_IDS_HIGH] = out->packed ? out->packed + layout[SHARD_IDS_LOW].row_bytes : NULL,
-        [SHARD_HEAD_LOGPROB] = out->head_logprob, [SHARD_LOGITS] = out->logits, [SHARD_ROW_CRC] = stored,
+        [SHARD_ENTROPY] = out->entropy, [SHARD_LABEL_LOGPROB] = out->label_logprob,
+        [SHARD_HEAD_LOGPROB] = out->head_logprob, [SHARD_DRAW_COUNT] = out->draw_count, [SHARD_DRAW_LOGPROB] = out->draw_logprob, [SHARD_LOGITS] = out->logits, [SHARD_ROW_CRC] = stored,
     };
     *crc = shard_row_crc_start(shard_first_row(m, f->shard) + row);
     for (int i = 0; i < SHARD_FIELDS; i++) {
         if (!layout[i].name) continue;
-        TRY(file_pread(f->fd, data[i], (size_t)layout[i].row_bytes, f->offset[i] + row * layout[i].row_bytes, f->path));
+        if (at[i] >= 0) data[i] = out->packed + at[i];
+        /* offsets that cannot be lead nowhere: the CRC tells whether they were read wrongly, draws_unpack what is wrong with them */
+        if (i == SHARD_DRAW_LOW && layout[i].ragged) ragged_range(f, m, (const uint32_t *)data[SHARD_DRAW_OFFSET], &begin, &entries);
+        int64_t width = shard_type_bytes(layout[i].type), step = layout[i].ragged;
+        int64_t bytes = step ? entries / step * width : layout[i].row_bytes, from = step ? begin / step * width : row * layout[i].row_bytes;
+        TRY(file_pread(f->fd, data[i], (size_t)bytes, f->offset[i] + from, f->path));
         if (i == SHARD_TOKENS && FAILPOINT_FIRES("shard.read_flip")) out->tokens[0] ^= 1u;
         if (i == SHARD_TOKENS && FAILPOINT_FIRES("shard.read_flip_more")) out->tokens[0] ^= 2u;
-        if (i != SHARD_ROW_CRC) *crc = crc32c(*crc, data[i], (size_t)layout[i].row_bytes);
+        if (i != SHARD_ROW_CRC) *crc = crc32c(*crc, data[i], (size_t)bytes);
     }
 out:
     return rc;
@@ -341,19 +422,24 @@ int shard_file_read(const struct shard_file *f, const struct shard_manifest *m, 
 {
     int rc = OK;
     struct shard_layout layout[SHARD_FIELDS];
+    int64_t at[SHARD_FIELDS], L = m->row_length;
     uint32_t crc, stored, first_crc, first_stored;
     shard_layout(m, layout);
+    packed_places(m, layout, at);
     CHECK(m->kind == SHARD_FULL || out->packed, "rows are read into arrays of shard_row_alloc");
-    TRY(row_pread(f, m, layout, row, out, &crc, &stored));
+    TRY(row_pread(f, m, layout, at, row, out, &crc, &stored));
     if (crc != stored) {                          /* a bad disk read twice may say two things: that is not a broken file */
         first_crc = crc;
         first_stored = stored;
-        TRY(row_pread(f, m, layout, row, out, &crc, &stored));
+        TRY(row_pread(f, m, layout, at, row, out, &crc, &stored));
         if (crc == stored) warn("%s: row %lld was read wrongly and then rightly: the disk or the memory of this machine is failing", f->path, (long long)row);
         else if (crc == first_crc && stored == first_stored) { rc = fail(ERR_INPUT, "its CRC does not match: the file is damaged; " SHARD_REMEDY); goto out; }
         else { rc = fail(ERR_IO, "reads differ each time: the disk or the memory of this machine is failing; move the dataset to another disk"); goto out; }
     }
-    if (m->kind == SHARD_TOPK) TRY(ids_unpack(m, out));
+    const uint8_t *packed = out->packed;
+    if (shard_kind_has_head(m->kind)) TRY(ids_unpack(out->head_ids, (const uint16_t *)(packed + at[SHARD_IDS_LOW]), packed + at[SHARD_IDS_HIGH], L, m->k, layout[SHARD_IDS_HIGH].name));
+    if (m->kind == SHARD_HYBRID) TRY(ids_unpack(out->draw_ids, (const uint16_t *)(packed + at[SHARD_DRAW_LOW]), packed + at[SHARD_DRAW_HIGH], L, m->draws, layout[SHARD_DRAW_HIGH].name));
+    if (m->kind == SHARD_SAMPLED) TRY(draws_unpack(f, m, at, out));
     TRY(shard_row_check(m, out, deep, ERR_INPUT));
 out:
     if (rc != OK) fail_in(rc, "%s: row %lld of the shard, %lld of the dataset", f->path, (long long)row, (long long)(shard_first_row(m, f->shard) + row));
@@ -364,146 +450,24 @@ int shard_file_check_rows(const struct shard_file *f, const struct shard_manifes
 {
     int rc = OK;
     struct shard_row row;
+    struct shard_layout layout[SHARD_FIELDS];
+    int64_t at[SHARD_FIELDS], next = 0, begin, n;                    /* next: where the rows of a ragged shard have come to */
     shard_row_alloc(&row, m);
+    shard_layout(m, layout);
+    packed_places(m, layout, at);
     *targets = 0;
     for (int64_t i = 0; i < shard_rows(m, f->shard); i++) {
         TRY(shard_file_read(f, m, i, true, &row));
         for (int64_t t = 0; t < m->row_length; t++) *targets += row.loss_mask[t];
+        if (m->kind != SHARD_SAMPLED) continue;
+        ragged_range(f, m, (const uint32_t *)(row.packed + at[SHARD_DRAW_OFFSET]), &begin, &n);
+        if (begin != next) { rc = fail(ERR_INPUT, "%s: row %lld of the shard: its draws begin at entry %lld, the row before ends at %lld; " SHARD_REMEDY, f->path, (long long)i, (long long)begin, (long long)next); goto out; }
+        next += n;
     }
+    if (m->kind == SHARD_SAMPLED && f->entries != (next ? next : RAGGED_STEP))
+        rc = fail(ERR_INPUT, "%s: has %lld entries of draws, its rows use %lld; " SHARD_REMEDY, f->path, (long long)f->entries, (long long)next);
 out:
     shard_row_free(&row);
-    return rc;
-}
-
-/* ---- what a row must be ---- */
-
-/* Probabilities of the f16 log-probabilities: exp is most of the cost of a check, and there are only 31744 of them. */
-enum { F16_INFINITY = 0x7c00, F16_SLACK = 0x1400 /* 2^-10: what rounding may lift a log-probability above 0 */ };
-static struct { float p, p_logp; } f16_exp[F16_INFINITY];
-static pthread_once_t f16_exp_once = PTHREAD_ONCE_INIT;
-
-static void f16_exp_fill(void)
-{
-    for (int h = 0; h < F16_INFINITY; h++) {
-        double x = f16_to_float((uint16_t)h);
-        f16_exp[h].p = (float)exp(-x);
-        f16_exp[h].p_logp = (float)(exp(-x) * x);
-    }
-}
-
-static inline int f16_descent(uint16_t h) { return h & 0x8000 ? h & 0x7fff : -(int)h; }   /* grows as the value falls */
-
-/* Rounding to f16 moves a log-probability x by at most |x| / 2^11 and so p by p|x| / 2^11; the rest is fp32 in the producer. */
-static const double HALF_ULP = 1.02 / 2048, FLOAT_SLACK = 2e-4;
-
-static int mass_check(const struct shard_manifest *m, const struct shard_row *r, int64_t t, bool deep, int status)
-{
-    int nT = m->n_temperatures;
-    const uint16_t *logp = r->head_logprob + t * m->k;
-    const float *lse = r->lse + t * nT, *tail = r->tail + t * nT;
-    float sum_f = 0, entropy = 0;                 /* K of them, each off by 2^-24: far within what is allowed below */
-    double sum = exp(tail[0]);
-    int i = 0;
-    for (; i < m->k && !(logp[i] & 0x8000); i++) sum += exp(f16_to_float(logp[i]));   /* descending: what is not negative comes first */
-    for (; i < m->k; i++) { sum_f += f16_exp[logp[i] & 0x7fff].p; entropy += f16_exp[logp[i] & 0x7fff].p_logp; }
-    sum += sum_f;
-    if (!(fabs(sum - 1) <= FLOAT_SLACK + HALF_ULP * entropy)) return fail(status, "position %lld: head and tail hold the mass %.6f, not 1", (long long)t, sum);
-    for (int j = 1; deep && j < nT; j++) {
-        double ratio = (double)m->temperatures[0] / m->temperatures[j], shift = ratio * lse[0] - lse[j], error = 0;
-        sum = exp(tail[j]);
-        for (i = 0; i < m->k; i++) {
-            double x = f16_to_float(logp[i]), p = exp(ratio * x + shift);
-            sum += p;
-            error += p * ratio * fabs(x);
-        }
-        if (!(fabs(sum - 1) <= FLOAT_SLACK + HALF_ULP * error + 2.4e-7 * (ratio * fabs(lse[0]) + fabs(lse[j]))))
-            return fail(status, "position %lld: head and tail hold the mass %.6f, not 1, at temperature %g", (long long)t, sum, m->temperatures[j]);
-    }
-    return OK;
-}
-
-/* The stored log-sum-exp must be that of the stored logits, up to their rounding. */
-static int full_mass_check(const struct shard_manifest *m, const struct shard_row *r, int64_t t, int status)
-{
-    const uint16_t *logits = r->logits + t * m->valid_vocab;
-    float lse = r->lse[t * m->n_temperatures];
-    double sum = 0, error = 0;
-    for (int64_t v = 0; v < m->valid_vocab; v++) {
-        float x = f16_to_float(logits[v]), p = expf(x - lse);
-        sum += p;
-        error += p * fabsf(x);
-    }
-    if (!(fabs(sum - 1) <= FLOAT_SLACK + HALF_ULP * error + 2.4e-7 * fabs(lse))) return fail(status, "position %lld: the logits hold the mass %.6f by the stored log-sum-exp, not 1", (long long)t, sum);
-    return OK;
-}
-
-static int head_check(const struct shard_manifest *m, const struct shard_row *r, int64_t t, bool deep, uint64_t *seen, int status)
-{
-    int K = m->k, descent = -F16_SLACK;
-    const uint32_t *ids = r->head_ids + t * K;
-    const uint16_t *logp = r->head_logprob + t * K;
-    int broken = 0;
-    for (int i = 0; i < K; i++) {                 /* without a branch: nearly always there is nothing to say */
-        int next = f16_descent(logp[i]);
-        broken |= (ids[i] >= (uint32_t)m->valid_vocab) | (next < descent) | (next >= F16_INFINITY);
-        descent = next;
-    }
-    descent = -F16_SLACK;
-    for (int i = 0; broken && i < K; i++) {
-        int next = f16_descent(logp[i]);
-        if (ids[i] >= (uint32_t)m->valid_vocab) return fail(status, "position %lld: head id %u is not below the valid vocabulary %d", (long long)t, ids[i], m->valid_vocab);
-        if (next < -F16_SLACK || next >= F16_INFINITY) return fail(status, "position %lld: log-probability %d of the head is %g", (long long)t, i, f16_to_float(logp[i]));
-        if (next < descent) return fail(status, "position %lld: the head is not in descending order at %d", (long long)t, i);
-        descent = next;
-    }
-    const float *tail = r->tail + t * m->n_temperatures;
-    for (int j = 0; j < m->n_temperatures; j++)
-        if (!(tail[j] <= 1e-3f)) return fail(status, "position %lld: the log of the tail mass is %g", (long long)t, tail[j]);
-    if (!r->loss_mask[t]) return OK;
-    int twice = -1;
-    for (int i = 0; i < K; i++) {
-        uint64_t bit = (uint64_t)1 << (ids[i] & 63);
-        if (seen[ids[i] >> 6] & bit) twice = i;
-        seen[ids[i] >> 6] |= bit;
-    }
-    for (int i = 0; i < K; i++) seen[ids[i] >> 6] = 0;
-    if (twice >= 0) return fail(status, "position %lld: id %u is in the head twice", (long long)t, ids[twice]);
-    return mass_check(m, r, t, deep, status);
-}
-
-int shard_row_check(const struct shard_manifest *m, const struct shard_row *r, bool deep, int status)
-{
-    int rc = OK, nT = m->n_temperatures;
-    int64_t L = m->row_length;
-    bool mass_checked = false;
-    float max_entropy = logf((float)m->valid_vocab) * 1.001f + 1e-3f;
-    uint64_t seen[SHARD_MAX_VOCAB / 64];
-    if (m->kind == SHARD_TOPK) memset(seen, 0, ((size_t)m->valid_vocab + 63) / 64 * 8);
-    pthread_once(&f16_exp_once, f16_exp_fill);
-    for (int64_t t = 0; t < L; t++) {
-        bool next = t + 1 < L && r->document[t + 1] == r->document[t];   /* is there a token t+1 to predict? */
-        float entropy = f16_to_float(r->entropy[t]), label = f16_to_float(r->label_logprob[t]);
-        if (r->tokens[t] >= (uint32_t)m->valid_vocab) return fail(status, "position %lld: token %u is not below the valid vocabulary %d", (long long)t, r->tokens[t], m->valid_vocab);
-        if (r->document[t] != (t ? r->document[t - 1] : 0) && (!t || r->document[t] != r->document[t - 1] + 1))
-            return fail(status, "position %lld: document %u does not follow the one before", (long long)t, r->document[t]);
-        if (r->loss_mask[t] > 1 || (r->loss_mask[t] && !next)) return fail(status, "position %lld: loss_mask is %u, where %s", (long long)t, r->loss_mask[t], next ? "1 is the largest" : "the document ends");
-        for (int j = 0; j < nT; j++)
-            if (!isfinite(r->lse[t * nT + j])) return fail(status, "position %lld: the log-sum-exp is %g", (long long)t, r->lse[t * nT + j]);
-        if (!(entropy >= 0 && entropy <= max_entropy)) return fail(status, "position %lld: the entropy is %g, not in 0 .. %g", (long long)t, entropy, max_entropy);
-        if (!(label <= 1.0f / 1024 && label >= -65504.0f)) return fail(status, "position %lld: the label's log-probability is %g", (long long)t, label);
-        if (!next && label != 0) return fail(status, "position %lld: there is no next token, yet its log-probability is %g", (long long)t, label);
-        if (m->kind == SHARD_TOPK) {
-            TRY(head_check(m, r, t, deep, seen, status));
-        } else {
-            const uint16_t *logits = r->logits + t * m->valid_vocab;
-            int broken = 0;
-            for (int64_t v = 0; v < m->valid_vocab; v++) broken |= (logits[v] & 0x7fff) >= F16_INFINITY;
-            if (broken) return fail(status, "position %lld: a logit is not finite", (long long)t);
-            /* exp over a whole vocabulary is dear: one position tells a wrong temperature or a wrong row, deep looks at all */
-            if (r->loss_mask[t] && (deep || !mass_checked)) { TRY(full_mass_check(m, r, t, status)); mass_checked = true; }
-        }
-    }
-out:
     return rc;
 }
 

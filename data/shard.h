@@ -6,7 +6,8 @@
  *
  * This file owns the layout, the writer (one shard collected in memory, written to a temporary name, verified, synced,
  * renamed, journalled) and the reader (pread at fixed offsets, CRC per row). It does not choose rows (loader.h) and does
- * not compute targets (kernels/<backend>/teacher_targets). R rows, L row length, K head entries, V valid vocabulary, nT temperatures.
+ * not compute targets (kernels/<backend>/teacher_targets). R rows, L row length, K head entries,
+ * D draws per position (m of kind hybrid, N of kind sampled), V valid vocabulary, nT temperatures.
  */
 #ifndef DATA_SHARD_H
 #define DATA_SHARD_H
@@ -17,8 +18,11 @@
 
 #include "base/hash.h"
 
-enum shard_kind { SHARD_TOPK, SHARD_FULL, SHARD_HYBRID, SHARD_SAMPLED, SHARD_KIND_COUNT };   /* hybrid, sampled: named in the format, refused by this version */
-enum { SHARD_MAX_TEMPERATURES = 8, SHARD_MAX_K = 256, SHARD_ID_BITS = 18, SHARD_MAX_VOCAB = 1 << SHARD_ID_BITS,
+/* topk: the K best and the mass of the rest. full: every logit. hybrid: topk and m draws from the rest. sampled: N draws from everything. */
+enum shard_kind { SHARD_TOPK, SHARD_FULL, SHARD_HYBRID, SHARD_SAMPLED, SHARD_KIND_COUNT };
+static inline bool shard_kind_has_head(enum shard_kind kind) { return kind == SHARD_TOPK || kind == SHARD_HYBRID; }
+static inline bool shard_kind_draws(enum shard_kind kind) { return kind == SHARD_HYBRID || kind == SHARD_SAMPLED; }
+enum { SHARD_MAX_TEMPERATURES = 8, SHARD_MAX_K = 256, SHARD_MAX_DRAWS = 255 /* a count is a byte */, SHARD_ID_BITS = 18, SHARD_MAX_VOCAB = 1 << SHARD_ID_BITS,
        SHARD_MAX_LENGTH = 1 << 20, SHARD_MAX_SHARDS = 1000000 };
 const char *shard_kind_name(enum shard_kind kind);
 
@@ -26,7 +30,8 @@ const char *shard_kind_name(enum shard_kind kind);
 struct shard_manifest {
     enum shard_kind kind;
     int64_t rows, row_length, rows_per_shard;
-    int     k;                                  /* K; 0 for full */
+    int     k;                                  /* K of topk and hybrid; 0 for others */
+    int     draws;                              /* D: m of hybrid, N of sampled; 0 for others */
     int     n_temperatures; float temperatures[SHARD_MAX_TEMPERATURES];
     int32_t valid_vocab;                        /* ids 0 .. valid_vocab-1 take part in the softmax */
     int32_t teacher_vocab;                      /* columns of the teacher's head */
@@ -44,11 +49,14 @@ struct shard_row {
     uint8_t  *loss_mask;     /* [L] */
     uint16_t *document;      /* [L] */
     float    *lse;           /* [L, nT] log-sum-exp of t/T over the valid ids */
-    float    *tail;          /* [L, nT] log of the mass outside the head at every listed T, from the full logits; -INFINITY when the head holds everything (topk) */
+    float    *tail;          /* [L, nT] log of the mass outside the head at every listed T, from the full logits; -INFINITY when the head holds everything (topk, hybrid) */
     uint16_t *entropy;       /* [L] f16, nats, at temperatures[0]; not negative */
     uint16_t *label_logprob; /* [L] f16, log p(token t+1) at temperatures[0]; 0 where there is no next token in the document */
-    uint32_t *head_ids;      /* [L, K] unpacked (topk) */
-    uint16_t *head_logprob;  /* [L, K] f16, descending (topk) */
+    uint32_t *head_ids;      /* [L, K] unpacked (topk, hybrid) */
+    uint16_t *head_logprob;  /* [L, K] f16, descending (topk, hybrid) */
+    uint32_t *draw_ids;      /* [L, D] what was drawn, each id once, ascending, then unused slots with id 0 and count 0 (hybrid: outside the head; sampled) */
+    uint8_t  *draw_count;    /* [L, D] how often; they add up to D, or to 0 where there is nothing to draw from */
+    uint16_t *draw_logprob;  /* [L, D] f16, log p at temperatures[0]; 0 in unused slots (hybrid) */
     uint16_t *logits;        /* [L, V] f16, t / temperatures[0], the valid ids only, nothing subtracted (full) */
     uint8_t  *packed;        /* scratch of shard_dataset_read for packed ids; shard_row_alloc makes it, put does not use it */
 };
@@ -73,8 +81,9 @@ int  shard_writer_claim(struct shard_writer *w, int64_t *shard, int64_t *busy, c
 int64_t shard_count(const struct shard_manifest *m);
 int64_t shard_first_row(const struct shard_manifest *m, int64_t shard);
 int64_t shard_rows(const struct shard_manifest *m, int64_t shard); /* the last one may be shorter */
-size_t  shard_bytes(const struct shard_manifest *m, int64_t shard);/* memory and (nearly) file size */
-/* Starts shard `n`, not sealed yet, claiming it unless shard_writer_claim did (ERR_IO: another process has it); then exactly shard_rows() calls of put, in row order, then seal. put copies, and checks the row as a reader
+size_t  shard_bytes(const struct shard_manifest *m, int64_t shard);/* memory and (nearly) file size; kind sampled: at most */
+/* Starts shard `n`, not sealed yet, claiming it unless shard_writer_claim did (ERR_IO: another process has it); then exactly shard_rows() calls of put,
+ * in row order, then seal. put copies, and checks the row as a reader
  * will: NaN, Inf, mass that is not 1, ids out of range are ERR_NUMERIC. A failed seal leaves no file; the writer then has to be opened again. */
 int shard_writer_begin(struct shard_writer *w, int64_t shard);
 int shard_writer_put(struct shard_writer *w, const struct shard_row *row);

@@ -1,4 +1,4 @@
-/* What manifest.c, journal.c, shard.c and shard_write.c share: the layout of a shard, the two text files, one open shard file. */
+/* What manifest.c, journal.c, shard.c, shard_check.c and shard_write.c share: the layout of a shard, the two text files, one open shard file. */
 #ifndef DATA_SHARD_INTERNAL_H
 #define DATA_SHARD_INTERNAL_H
 
@@ -20,16 +20,27 @@ enum { SHARD_VERSION = 1, SHARD_ALIGNMENT = 4096 };
 enum shard_type { SHARD_U8, SHARD_U16, SHARD_U32, SHARD_F16, SHARD_F32 };
 /* In the order in which a row's CRC runs over them. */
 enum shard_field { SHARD_TOKENS, SHARD_LOSS_MASK, SHARD_DOCUMENT, SHARD_LSE, SHARD_TAIL, SHARD_ENTROPY, SHARD_LABEL_LOGPROB,
-                   SHARD_IDS_LOW, SHARD_IDS_HIGH, SHARD_HEAD_LOGPROB, SHARD_LOGITS, SHARD_ROW_CRC, SHARD_FIELDS };
+                   SHARD_IDS_LOW, SHARD_IDS_HIGH, SHARD_HEAD_LOGPROB, SHARD_DRAW_OFFSET, SHARD_DRAW_LOW, SHARD_DRAW_HIGH, SHARD_DRAW_COUNT, SHARD_DRAW_LOGPROB,
+                   SHARD_LOGITS, SHARD_ROW_CRC, SHARD_FIELDS };
+/* Kind sampled has as many entries as there are different ids: its fields are ragged, one list per shard in which every row begins at a multiple
+ * of RAGGED_STEP entries, so that four ids share a byte of high bits within a row and not across two. SHARD_DRAW_OFFSET says where. */
+enum { RAGGED_STEP = 4 };
 struct shard_layout {
     const char *name;            /* of the dataset; NULL: this kind has no such field */
     enum shard_type type;
     int     rank;                /* 1 .. 3, rows first */
     int64_t dims[2];             /* of one row */
-    int64_t row_bytes;
+    int64_t row_bytes;           /* 0: ragged */
+    int     ragged;              /* entries per element of a ragged field, 1 or RAGGED_STEP; 0: every row has the same size */
 };
+static inline int64_t shard_type_bytes(enum shard_type t) { return t == SHARD_U8 ? 1 : t == SHARD_U16 || t == SHARD_F16 ? 2 : 4; }
+static inline int64_t ragged_round(int64_t entries) { return (entries + RAGGED_STEP - 1) / RAGGED_STEP * RAGGED_STEP; }
+/* The most entries a row of kind sampled can have. */
+static inline int64_t ragged_row_most(const struct shard_manifest *m) { return ragged_round(m->row_length * m->draws); }
+static inline int64_t ids_high_bytes(int64_t K) { return (K + 3) / 4; }
 /* layout[SHARD_FIELDS] for this manifest; the manifest was checked. */
 void shard_layout(const struct shard_manifest *m, struct shard_layout *layout);
+size_t shard_least_bytes(const struct shard_manifest *m, int64_t shard);   /* no file of this shard is smaller; shard_bytes: none is larger */
 /* Ranges of every member; fails with `status`, naming `where`. */
 int manifest_check(const struct shard_manifest *m, const char *where, int status);
 /* Reads and checks dir/manifest.json; id is the SHA-256 of its bytes. */
@@ -91,6 +102,7 @@ struct shard_file {
     int fd;
     int64_t shard, bytes;
     int64_t offset[SHARD_FIELDS];   /* where a field's data begins */
+    int64_t entries;                /* of the ragged fields */
 };
 char *shard_path(const char *dir, int64_t shard);
 /* Opens the file, compares its size with `bytes` (-1: any) and its structure with the manifest. */
@@ -100,8 +112,11 @@ int  shard_file_read(const struct shard_file *f, const struct shard_manifest *m,
 /* Reads every row with every check; *targets = supervised positions. */
 int  shard_file_check_rows(const struct shard_file *f, const struct shard_manifest *m, int64_t *targets);
 int64_t shard_name_parse(const char *name);   /* shard-NNNNNN.h5 -> N; -1: no shard's name */
+uint32_t shard_row_crc_start(int64_t row);   /* over the row's number in the dataset: a row in another's place is not that row */
+
+/* ---- shard_check.c ---- */
+
 /* Is this row what FORMAT.md says a row is? Fails with `status`, naming the position. deep: the mass at every temperature, not the first alone. */
 int  shard_row_check(const struct shard_manifest *m, const struct shard_row *r, bool deep, int status);
-uint32_t shard_row_crc_start(int64_t row);   /* over the row's number in the dataset: a row in another's place is not that row */
 
 #endif

@@ -28,7 +28,8 @@ struct shard_writer {
     bool ranged, *made;               /* ranged: [end - first] shards of the range that have their name */
     int64_t claimed;                  /* -1: none */
     int64_t shard, put, targets;      /* shard in progress (-1: none), rows it has, supervised positions */
-    uint8_t *field[SHARD_FIELDS];     /* its data, as large as the largest shard */
+    uint8_t *field[SHARD_FIELDS];     /* its data, as large as the largest shard; ragged fields grow as needed */
+    int64_t entries, room;            /* of the ragged fields: used, allocated */
     bool failed;                      /* a seal failed: what is on disk is for the next start to judge */
 };
 
@@ -380,13 +381,60 @@ int shard_writer_begin(struct shard_writer *w, int64_t shard)
         if (!w->field[f]) return fail(ERR_IO, "%s: no memory for the %zu bytes of %s of one shard; use fewer rows per shard", w->dir, bytes, w->layout[f].name);
     }
     w->shard = shard;
-    w->put = w->targets = 0;
+    w->put = w->targets = w->entries = 0;
     return OK;
+}
+
+static int64_t field_bytes(const struct shard_writer *w, int f)
+{
+    const struct shard_layout *l = &w->layout[f];
+    return l->ragged ? w->entries / l->ragged * shard_type_bytes(l->type) : w->put * l->row_bytes;
+}
+
+/* Room for a shard's ragged entries, with a fourth to spare: a shard may be gigabytes. */
+static int entries_reserve(struct shard_writer *w, int64_t entries)
+{
+    if (entries <= w->room) return OK;
+    int64_t room = ragged_round(entries + entries / 4);
+    for (int f = 0; f < SHARD_FIELDS; f++) {
+        if (!w->layout[f].ragged) continue;
+        size_t bytes = (size_t)(room / w->layout[f].ragged * shard_type_bytes(w->layout[f].type));
+        uint8_t *data = realloc(w->field[f], bytes);
+        if (!data) return fail(ERR_IO, "%s: no memory for the %zu bytes of %s of one shard; use fewer rows per shard", w->dir, bytes, w->layout[f].name);
+        w->field[f] = data;
+    }
+    w->room = room;
+    return OK;
+}
+
+/* The row's draws behind those of the rows before; padded with zeros to the step. */
+static int ragged_put(struct shard_writer *w, const struct shard_row *row, uint32_t *offset)
+{
+    int rc = OK;
+    int64_t L = w->manifest.row_length, D = w->manifest.draws, at = w->entries;
+    TRY(entries_reserve(w, at + ragged_row_most(&w->manifest)));
+    uint16_t *low = (uint16_t *)w->field[SHARD_DRAW_LOW];
+    uint8_t *high = w->field[SHARD_DRAW_HIGH], *count = w->field[SHARD_DRAW_COUNT];
+    memset(high + at / RAGGED_STEP, 0, (size_t)(ragged_row_most(&w->manifest) / RAGGED_STEP));
+    offset[0] = (uint32_t)at;
+    for (int64_t t = 0; t < L; t++) {
+        for (int64_t i = 0; i < D && row->draw_count[t * D + i]; i++, at++) {
+            uint32_t id = row->draw_ids[t * D + i];
+            low[at] = (uint16_t)id;
+            high[at / RAGGED_STEP] |= (uint8_t)(id >> 16 << 2 * (at % RAGGED_STEP));
+            count[at] = row->draw_count[t * D + i];
+        }
+        offset[t + 1] = (uint32_t)at;
+    }
+    for (; at % RAGGED_STEP; at++) low[at] = count[at] = 0;
+    w->entries = at;
+out:
+    return rc;
 }
 
 static void ids_pack(const uint32_t *ids, int64_t positions, int64_t K, uint16_t *low, uint8_t *high)
 {
-    int64_t H = (K + 3) / 4;
+    int64_t H = ids_high_bytes(K);
     memset(high, 0, (size_t)(positions * H));
     for (int64_t t = 0; t < positions; t++, ids += K, low += K, high += H)
         for (int64_t i = 0; i < K; i++) {
@@ -403,22 +451,31 @@ int shard_writer_put(struct shard_writer *w, const struct shard_row *row)
     int64_t number = shard_first_row(m, w->shard) + w->put;
     const void *data[SHARD_FIELDS] = {
         [SHARD_TOKENS] = row->tokens, [SHARD_LOSS_MASK] = row->loss_mask, [SHARD_DOCUMENT] = row->document, [SHARD_LSE] = row->lse, [SHARD_TAIL] = row->tail,
-        [SHARD_ENTROPY] = row->entropy, [SHARD_LABEL_LOGPROB] = row->label_logprob, [SHARD_HEAD_LOGPROB] = row->head_logprob, [SHARD_LOGITS] = row->logits,
+        [SHARD_ENTROPY] = row->entropy, [SHARD_LABEL_LOGPROB] = row->label_logprob, [SHARD_HEAD_LOGPROB] = row->head_logprob, [SHARD_DRAW_COUNT] = row->draw_count,
+        [SHARD_DRAW_LOGPROB] = row->draw_logprob, [SHARD_LOGITS] = row->logits,
     };
     uint32_t crc = shard_row_crc_start(number);
-    if ((rc = shard_row_check(m, row, m->kind == SHARD_TOPK, ERR_NUMERIC)) != OK) return fail_in(rc, "%s: row %lld cannot be stored", w->dir, (long long)number);
+    if ((rc = shard_row_check(m, row, m->kind != SHARD_FULL, ERR_NUMERIC)) != OK) return fail_in(rc, "%s: row %lld cannot be stored", w->dir, (long long)number);
+    int64_t begin = w->entries, L = m->row_length;
     for (int f = 0; f < SHARD_ROW_CRC; f++) {
-        size_t bytes = (size_t)w->layout[f].row_bytes;
-        if (!bytes) continue;
-        uint8_t *at = w->field[f] + w->put * (int64_t)bytes;
-        if (f == SHARD_IDS_LOW) ids_pack(row->head_ids, m->row_length, m->k, (uint16_t *)at, w->field[SHARD_IDS_HIGH] + w->put * w->layout[SHARD_IDS_HIGH].row_bytes);
-        else if (f != SHARD_IDS_HIGH) memcpy(at, data[f], bytes);
+        const struct shard_layout *l = &w->layout[f];
+        if (!l->name) continue;
+        size_t bytes = (size_t)l->row_bytes;
+        uint8_t *at = w->field[f] + w->put * l->row_bytes;
+        if (l->ragged) {                          /* SHARD_DRAW_OFFSET comes before and has put them */
+            at = w->field[f] + begin / l->ragged * shard_type_bytes(l->type);
+            bytes = (size_t)((w->entries - begin) / l->ragged * shard_type_bytes(l->type));
+        } else if (f == SHARD_DRAW_OFFSET) TRY(ragged_put(w, row, (uint32_t *)at));
+        else if (f == SHARD_IDS_LOW) ids_pack(row->head_ids, L, m->k, (uint16_t *)at, w->field[SHARD_IDS_HIGH] + w->put * w->layout[SHARD_IDS_HIGH].row_bytes);
+        else if (f == SHARD_DRAW_LOW) ids_pack(row->draw_ids, L, m->draws, (uint16_t *)at, w->field[SHARD_DRAW_HIGH] + w->put * w->layout[SHARD_DRAW_HIGH].row_bytes);
+        else if (f != SHARD_IDS_HIGH && f != SHARD_DRAW_HIGH) memcpy(at, data[f], bytes);
         crc = crc32c(crc, at, bytes);
     }
     ((uint32_t *)w->field[SHARD_ROW_CRC])[w->put] = crc;
     for (int64_t t = 0; t < m->row_length; t++) w->targets += row->loss_mask[t];
     w->put++;
-    return OK;
+out:
+    return rc;
 }
 
 /* ---- sealing: the file through libhdf5 ---- */
@@ -462,9 +519,9 @@ static bool text_attribute_write(hid_t file, const char *name, const char *text)
 
 static bool int_attribute_write(hid_t file, const char *name, int64_t value) { return attribute_write(file, name, H5T_STD_I64LE, H5T_NATIVE_INT64, &value); }
 
-static bool dataset_create(hid_t file, const struct shard_layout *l, int64_t rows, int64_t *offset)
+static bool dataset_create(hid_t file, const struct shard_layout *l, int64_t elements /* rows, or of a ragged field */, int64_t *offset)
 {
-    hsize_t dims[3] = {(hsize_t)rows, (hsize_t)l->dims[0], (hsize_t)l->dims[1]};
+    hsize_t dims[3] = {(hsize_t)elements, (hsize_t)l->dims[0], (hsize_t)l->dims[1]};
     hid_t type = hdf5_type(l->type), space = H5Screate_simple(l->rank, dims, NULL), plist = H5Pcreate(H5P_DATASET_CREATE), set = -1;
     H5Pset_layout(plist, H5D_CONTIGUOUS);
     H5Pset_alloc_time(plist, H5D_ALLOC_TIME_EARLY);
@@ -480,6 +537,9 @@ static bool dataset_create(hid_t file, const struct shard_layout *l, int64_t row
     return at != HADDR_UNDEF;
 }
 
+/* Up to so many links stay in the root group's header: more than any kind has datasets. Both values are written into the file. */
+enum { LINKS_COMPACT = 26, LINKS_DENSE = 13 };
+
 /* The file with its datasets allocated and empty. The same shapes give the same bytes: no times, fixed bounds of the format, links kept in the
  * root group's header (where our reader looks for them). Small data stay together; what fills a page begins at one. */
 static int skeleton_write(const struct shard_writer *w, const char *path, int64_t offset[SHARD_FIELDS])
@@ -493,7 +553,7 @@ static int skeleton_write(const struct shard_writer *w, const char *path, int64_
     H5Eset_auto2(H5E_DEFAULT, NULL, NULL);        /* no messages of its own; the setting is per thread in thread-safe builds */
     hid_t create = H5Pcreate(H5P_FILE_CREATE), access = H5Pcreate(H5P_FILE_ACCESS), file;
     H5Pset_obj_track_times(create, 0);
-    H5Pset_link_phase_change(create, 2 * SHARD_FIELDS, SHARD_FIELDS);
+    H5Pset_link_phase_change(create, LINKS_COMPACT, LINKS_DENSE);
     H5Pset_attr_phase_change(create, 16, 8);
     H5Pset_libver_bounds(access, H5F_LIBVER_V110, H5F_LIBVER_V110);
     H5Pset_alignment(access, SHARD_ALIGNMENT, SHARD_ALIGNMENT);
@@ -506,7 +566,10 @@ static int skeleton_write(const struct shard_writer *w, const char *path, int64_
     ok = file >= 0 && text_attribute_write(file, "format", SHARD_FORMAT) && int_attribute_write(file, "version", SHARD_VERSION) &&
          text_attribute_write(file, "dataset", w->id) && text_attribute_write(file, "kind", shard_kind_name(m->kind)) && int_attribute_write(file, "shard", w->shard) &&
          int_attribute_write(file, "first_row", shard_first_row(m, w->shard)) && int_attribute_write(file, "rows", shard_rows(m, w->shard));
-    for (int f = 0; ok && f < SHARD_FIELDS; f++) ok = !w->layout[f].name || dataset_create(file, &w->layout[f], shard_rows(m, w->shard), &offset[f]);
+    for (int f = 0; ok && f < SHARD_FIELDS; f++) {
+        const struct shard_layout *l = &w->layout[f];
+        ok = !l->name || dataset_create(file, l, l->ragged ? w->entries / l->ragged : shard_rows(m, w->shard), &offset[f]);
+    }
     if (file >= 0 && H5Fclose(file) < 0) ok = false;
     if (!ok) rc = errno ? fail_errno(ERR_IO, "%s: HDF5 cannot write it", path) : fail(ERR_IO, "%s: HDF5 cannot write it", path);
     H5Pclose(access);
@@ -532,7 +595,7 @@ static int segments_make(const struct shard_writer *w, const struct shard_file *
     int64_t at = 0;
     *n = 0;
     for (int i = 0; i < SHARD_FIELDS; i++)
-        if (w->layout[i].row_bytes) segments[(*n)++] = (struct segment){f->offset[i], w->put * w->layout[i].row_bytes, w->field[i], true};
+        if (w->layout[i].name) segments[(*n)++] = (struct segment){f->offset[i], field_bytes(w, i), w->field[i], true};
     fields = *n;
     qsort(segments, (size_t)fields, sizeof *segments, by_place);
     for (int i = 0; i <= fields; i++) {
@@ -598,6 +661,12 @@ int shard_writer_seal(struct shard_writer *w)
     char sha256[SHA256_HEX], *path = shard_path(w->dir, w->shard), *tmp = xasprintf("%s/.tmp-shard-%06lld.h5-%lld", w->shards, (long long)w->shard, (long long)getpid());
     bool named = false;
     TRY(FAILPOINT("shard.before_write"));
+    if (w->manifest.kind == SHARD_SAMPLED && !w->entries) {   /* not one draw in the shard: HDF5 keeps no place for nothing */
+        TRY(entries_reserve(w, RAGGED_STEP));
+        for (int f = 0; f < SHARD_FIELDS; f++)
+            if (w->layout[f].ragged) memset(w->field[f], 0, (size_t)(RAGGED_STEP / w->layout[f].ragged * shard_type_bytes(w->layout[f].type)));
+        w->entries = RAGGED_STEP;
+    }
     TRY(skeleton_write(w, tmp, offset));
     TRY(FAILPOINT("shard.skeleton"));
     TRY(shard_file_open(&file, tmp, &w->manifest, w->id, w->shard, -1));       /* the reader's own view of the structure must be libhdf5's */

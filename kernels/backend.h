@@ -79,6 +79,21 @@ struct teacher_targets {
     uint16_t *full;                     /* [R, Vv] f16 of t/T0 */
 };
 
+/* Draws from a chunk of R positions of the teacher: D with replacement from softmax(t / T) restricted to the ids outside the head (all Vv without one),
+ * as each id once, ascending, with its count; unused slots are 0, all of them where nothing is outside the head. A draw is a function of the
+ * row's logits and (seed, row, position, draw) alone, the same on every backend: kernels/draw.h. */
+struct sample_targets {
+    int draws;                          /* D, 1 .. 255 */
+    int32_t *ids;                       /* [R, D] */
+    uint8_t *count;                     /* [R, D] */
+    float *logprob;                     /* [R, D] log softmax(t / T) over Vv, by the lse given; NULL: not computed */
+    int K; const int32_t *head_ids;     /* [R, K] ids that are not drawn */
+    const float *lse; int nT;           /* [R, nT] teacher_targets' log-sum-exps, the first at this T; NULL without logprob */
+    float temperature;
+    uint64_t seed;
+    int64_t first, row_length;          /* position i of the chunk is position (first + i) % row_length of row (first + i) / row_length */
+};
+
 /* One evaluated position, T = 1, over Vv ids. Ties in an argmax go to the lower id. */
 struct eval_row {
     float forward_kl, reverse_kl;       /* KL(p||q), KL(q||p); 0 without a teacher */
@@ -158,6 +173,7 @@ struct ops {
     void (*distill_loss)(struct backend *be, act *logits, float *kd, float *ce, const struct distill_targets *t, const struct distill_args *a,
                          int64_t R, int64_t V, int64_t Vv);
     void (*teacher_targets)(struct backend *be, const struct teacher_targets *out, const act *logits, const int32_t *labels, int64_t R, int64_t V, int64_t Vv);
+    void (*sample_targets)(struct backend *be, const struct sample_targets *s, const act *logits, int64_t R, int64_t V, int64_t Vv);
     /* student (R, Vs), teacher (R, Vt) or NULL */
     void (*compare_logits)(struct backend *be, struct eval_row *out, const act *student, const act *teacher, const int32_t *labels, int64_t R, int64_t Vs, int64_t Vt, int64_t Vv);
 

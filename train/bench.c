@@ -66,7 +66,7 @@ static void fill_square(struct bench *x)
 static struct batch *random_batch(int64_t rows, int64_t length, int64_t V, int k)
 {
     struct shard_manifest m = {.kind = SHARD_TOPK, .k = k, .valid_vocab = (int32_t)V, .row_length = length, .rows = rows, .n_temperatures = 1, .temperatures = {1}};
-    struct batch *b = batch_new(rows, length, k ? &m : NULL);
+    struct batch *b = batch_new(rows, length, k ? &m : NULL, false);
     uint32_t *tokens = xmalloc((size_t)length * sizeof *tokens);
     uint8_t *mask = xmalloc((size_t)length);
     uint16_t *document = xcalloc((size_t)length, sizeof *document);

@@ -87,7 +87,7 @@ static int read_batch(struct check *c)
     int64_t rows = ids->shape[0], length = ids->shape[1], V = c->teacher_files->config->vocab_size, Vs = c->student_files->config->vocab_size;
     if (rows < 1 || length < 2 || ids->count > 1 << 20) return fail(ERR_INPUT, "%s/reference.safetensors: ids has the shape [%lld, %lld]; at least 1 x 2 and at most 2^20 positions", c->dir, (long long)rows, (long long)length);
     if (V != Vs) return fail(ERR_MISMATCH, "%s: the teacher's vocabulary is %lld and the student's %lld; a reference case has one vocabulary", c->dir, (long long)V, (long long)Vs);
-    c->batch = batch_new(rows, length, NULL);
+    c->batch = batch_new(rows, length, NULL, false);
     uint32_t *tokens = xmalloc((size_t)length * sizeof *tokens);
     uint8_t *learn = xmalloc((size_t)length);
     uint16_t *document = xcalloc((size_t)length, sizeof *document);

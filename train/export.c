@@ -103,7 +103,7 @@ static int make_prompt(struct export *e)
             goto out;
         }
     }
-    e->batch = batch_new(1, e->positions, NULL);
+    e->batch = batch_new(1, e->positions, NULL, false);
     batch_set_row(e->batch, 0, tokens, mask, document);
     batch_finish(e->batch);
 out:

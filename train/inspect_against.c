@@ -128,7 +128,7 @@ static int comparison_open(struct comparison *c, const struct inspect_options *o
     model_ready(c->model);
     TRY(model_files_load(c->files, c->model));
     shard_row_alloc(&c->row, c->m);
-    c->batch = batch_new(1, c->m->row_length, NULL);
+    c->batch = batch_new(1, c->m->row_length, NULL, false);
     c->logits = xmalloc((size_t)(CHUNK * config->vocab_size) * sizeof *c->logits);
     c->scratch = xmalloc((size_t)(CHUNK * 2 * (int64_t)c->m->valid_vocab) * sizeof *c->scratch);
     c->noise = xmalloc(CHUNK * sizeof *c->noise);

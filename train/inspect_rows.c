@@ -24,15 +24,27 @@ static json_t *choices(const struct shard_manifest *m, const struct shard_row *r
     json_t *list = json_array();
     if (row->head_ids)
         for (int64_t i = t * m->k; i < (t + 1) * m->k; i++) json_array_append_new(list, json_pack("[I, f]", (json_int_t)row->head_ids[i], (double)f16_to_float(row->head_logprob[i])));
-    else
+    else if (row->logits)
         for (int64_t v = 0; v < m->valid_vocab; v++)
             json_array_append_new(list, json_pack("[I, f]", (json_int_t)v, (double)f16_to_float(row->logits[t * m->valid_vocab + v]) - row->lse[t * m->n_temperatures]));
     return list;
 }
 
+/* [[id, count, log p], ...] of kind hybrid, [[id, count], ...] of kind sampled: what was drawn, and how often of m or N. */
+static json_t *draws(const struct shard_manifest *m, const struct shard_row *row, int64_t t)
+{
+    json_t *list = json_array();
+    for (int64_t i = t * m->draws; i < (t + 1) * m->draws && row->draw_count[i]; i++) {
+        json_t *draw = json_pack("[I, i]", (json_int_t)row->draw_ids[i], (int)row->draw_count[i]);
+        if (row->draw_logprob) json_array_append_new(draw, json_real(f16_to_float(row->draw_logprob[i])));
+        json_array_append_new(list, draw);
+    }
+    return list;
+}
+
 static json_t *row_to_json(const struct shard_manifest *m, const struct shard_row *row, int64_t number_of_row)
 {
-    json_t *ids = json_array(), *mask = json_array(), *document = json_array(), *lse = json_array(), *tail = json_array(), *entropy = json_array(), *label = json_array(), *logprobs = json_array();
+    json_t *ids = json_array(), *mask = json_array(), *document = json_array(), *lse = json_array(), *tail = json_array(), *entropy = json_array(), *label = json_array(), *logprobs = json_array(), *drawn = json_array();
     for (int64_t t = 0; t < m->row_length; t++) {
         json_array_append_new(ids, json_integer(row->tokens[t]));
         json_array_append_new(mask, json_integer(row->loss_mask[t]));
@@ -42,11 +54,16 @@ static json_t *row_to_json(const struct shard_manifest *m, const struct shard_ro
         json_array_append_new(entropy, json_real(f16_to_float(row->entropy[t])));
         json_array_append_new(label, json_real(f16_to_float(row->label_logprob[t])));
         json_array_append_new(logprobs, choices(m, row, t));
+        if (row->draw_ids) json_array_append_new(drawn, draws(m, row, t));
     }
-    json_t *o = json_pack("{s:I, s:o, s:o, s:o, s:o, s:o, s:o, s:o}", "row", (json_int_t)number_of_row, "ids", ids, "loss_mask", mask, "document", document, "lse", lse, "entropy", entropy,
-                          "label_logprob", label, "logprobs", logprobs);
-    if (row->tail) json_object_set_new(o, "tail", tail);
-    else json_decref(tail);
+    json_t *o = json_pack("{s:I, s:o, s:o, s:o, s:o, s:o, s:o}", "row", (json_int_t)number_of_row, "ids", ids, "loss_mask", mask, "document", document, "lse", lse, "entropy", entropy,
+                          "label_logprob", label);
+    if (row->tail) json_object_set(o, "tail", tail);
+    if (row->head_ids || row->logits) json_object_set(o, "logprobs", logprobs);
+    if (row->draw_ids) json_object_set(o, "draws", drawn);
+    json_decref(tail);
+    json_decref(logprobs);
+    json_decref(drawn);
     return o;
 }
 

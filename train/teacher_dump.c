@@ -109,7 +109,7 @@ static void allocate_host(struct dump *d)
 {
     const struct config *c = d->c;
     size_t n = (size_t)(c->dump_batch_rows * c->corpus_row_length), r = (size_t)d->model->o.head_rows, nT = (size_t)d->nT, k = (size_t)d->k, floats = sizeof(float);
-    d->batch = batch_new(c->dump_batch_rows, c->corpus_row_length, NULL);
+    d->batch = batch_new(c->dump_batch_rows, c->corpus_row_length, NULL, false);
     if (d->k) {
         d->head_ids = xmalloc(n * k * sizeof *d->head_ids);
         d->head_logprob = xmalloc(n * k * sizeof *d->head_logprob);

@@ -250,7 +250,7 @@ int trainer_open(struct trainer **out, const struct config *c, bool plan_only)
         TRY(start_or_resume(t));
         TRY(open_run_dir(t));
         t->batch = xcalloc((size_t)t->accum, sizeof *t->batch);
-        for (int i = 0; i < t->accum; i++) t->batch[i] = batch_new(c->train_micro_rows, t->row_length, t->dataset ? shard_dataset_manifest(t->dataset) : NULL);
+        for (int i = 0; i < t->accum; i++) t->batch[i] = batch_new(c->train_micro_rows, t->row_length, t->dataset ? shard_dataset_manifest(t->dataset) : NULL, false);
     }
     *out = t;
     t = NULL;

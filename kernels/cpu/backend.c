@@ -46,8 +46,9 @@ static void cpu_fill_zero(struct backend *be, void *p, size_t bytes)
 static size_t cpu_scratch_bytes(struct backend *be, const struct op_limits *l)
 {
     (void)be;
-    size_t attention = cpu_attention_scratch(l), rows = thread_scratch_bytes(cpu_row_scratch(l->V, l->K)), sums = (size_t)1 << 16;
+    size_t attention = cpu_attention_scratch(l), rows = thread_scratch_bytes(cpu_row_scratch(l->V, l->K)), draws = thread_scratch_bytes(cpu_sample_scratch(l->V)), sums = (size_t)1 << 16;
     size_t most = attention > rows ? attention : rows;
+    most = most > draws ? most : draws;
     return most > sums ? most : sums;
 }
 
@@ -62,7 +63,7 @@ static const struct ops cpu_ops = {
     .attention_forward = cpu_attention_forward, .attention_backward = cpu_attention_backward, .attention_cached = cpu_attention_cached,
     .linear_forward = cpu_linear_forward, .linear_backward_input = cpu_linear_backward_input, .linear_backward_weight = cpu_linear_backward_weight,
     .swiglu_forward = cpu_swiglu_forward, .swiglu_backward = cpu_swiglu_backward,
-    .distill_loss = cpu_distill_loss, .teacher_targets = cpu_teacher_targets, .compare_logits = cpu_compare_logits,
+    .distill_loss = cpu_distill_loss, .teacher_targets = cpu_teacher_targets, .sample_targets = cpu_sample_targets, .compare_logits = cpu_compare_logits,
     .sum_squares = cpu_sum_squares, .sum_rows = cpu_sum_rows, .adamw = cpu_adamw,
 };
 

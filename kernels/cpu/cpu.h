@@ -1,11 +1,11 @@
-/* What the CPU ops share: casts from the seam's incomplete element types (all fp32 here), per-thread scratch, and exp() that
- * the compiler can vectorise. One prototype per op; the table is in backend.c. */
+/* What the CPU ops share: casts from the seam's incomplete element types (all fp32 here), per-thread scratch. One prototype per op; the table is in backend.c. */
 #ifndef KERNELS_CPU_CPU_H
 #define KERNELS_CPU_CPU_H
 
 #include <math.h>
 #include <omp.h>
 
+#include "base/exp.h"
 #include "kernels/backend.h"
 
 static inline float *fp32(act *x) { return (float *)x; }
@@ -23,28 +23,8 @@ static inline size_t thread_scratch_bytes(size_t floats) { return (size_t)omp_ge
 /* floats of scratch for one row of V logits: two copies of it, and K entries of two words */
 static inline size_t cpu_row_scratch(int64_t V, int K) { return (size_t)(2 * V) + 2 * (size_t)K; }
 
-/* e^x within 2 ulp of fp32, without branches: x = n ln 2 + r, |r| <= ln 2 / 2, e^r by its Taylor polynomial of degree 7
- * (the next term is below 6e-9), times 2^n through the exponent bits. Below -87 it is 0, as
- * masked logits of -INFINITY must be; above 88.37 it is INFINITY. NaN stays NaN. */
-static inline float exp_fp32(float x)
-{
-    float n = rintf(x * 1.44269504088896341f);
-    n = n > -126.0f ? n < 127.0f ? n : 127.0f : -126.0f;        /* of NaN: -126 */
-    float r = fmaf(n, -0.693145751953125f, x);
-    r = fmaf(n, -1.42860682030941723212e-6f, r);
-    float p = 1.9841269841e-4f;
-    p = fmaf(p, r, 1.3888888889e-3f);
-    p = fmaf(p, r, 8.3333333333e-3f);
-    p = fmaf(p, r, 4.1666666667e-2f);
-    p = fmaf(p, r, 1.6666666667e-1f);
-    p = fmaf(p, r, 5.0e-1f);
-    p = fmaf(p * r, r, r) + 1.0f;
-    union { int32_t i; float f; } scale = {.i = ((int32_t)n + 127) << 23};
-    float y = p * scale.f;
-    y = x < -87.0f ? 0.0f : y;
-    y = x > 88.37f ? INFINITY : y;
-    return x != x ? x : y;
-}
+/* for draws from one row: a copy of it, and 64 bits for every 256 of its ids */
+static inline size_t cpu_sample_scratch(int64_t V) { return (size_t)(V + 1 + 2 * (V / 256 + 1)); }
 
 /* Row statistics over n values scaled by `scale`: the largest, and log sum exp in double. -INFINITY for an empty or fully masked row. */
 float  row_max(const float *x, int64_t n);
@@ -73,6 +53,7 @@ void cpu_swiglu_forward(struct backend *be, act *h, const act *gate_up, int64_t 
 void cpu_swiglu_backward(struct backend *be, act *d_gate_up, const act *dh, const act *gate_up, int64_t N, int64_t F);
 void cpu_distill_loss(struct backend *be, act *logits, float *kd, float *ce, const struct distill_targets *t, const struct distill_args *a, int64_t R, int64_t V, int64_t Vv);
 void cpu_teacher_targets(struct backend *be, const struct teacher_targets *out, const act *logits, const int32_t *labels, int64_t R, int64_t V, int64_t Vv);
+void cpu_sample_targets(struct backend *be, const struct sample_targets *s, const act *logits, int64_t R, int64_t V, int64_t Vv);
 void cpu_compare_logits(struct backend *be, struct eval_row *out, const act *student, const act *teacher, const int32_t *labels, int64_t R, int64_t Vs, int64_t Vt, int64_t Vv);
 void cpu_sum_squares(struct backend *be, double *sum, const grad *g, int64_t count);
 void cpu_sum_rows(struct backend *be, double *sum, const float *x, int64_t count);

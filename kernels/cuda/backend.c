@@ -151,7 +151,7 @@ static const struct ops cuda_ops = {
     .attention_forward = cuda_attention_forward, .attention_backward = cuda_attention_backward, .attention_cached = cuda_attention_cached,
     .linear_forward = cuda_linear_forward, .linear_backward_input = cuda_linear_backward_input, .linear_backward_weight = cuda_linear_backward_weight,
     .swiglu_forward = cuda_swiglu_forward, .swiglu_backward = cuda_swiglu_backward,
-    .distill_loss = cuda_distill_loss, .teacher_targets = cuda_teacher_targets, .compare_logits = cuda_compare_logits,
+    .distill_loss = cuda_distill_loss, .teacher_targets = cuda_teacher_targets, .sample_targets = cuda_sample_targets, .compare_logits = cuda_compare_logits,
     .sum_squares = cuda_sum_squares, .sum_rows = cuda_sum_rows, .adamw = cuda_adamw,
 };
 

@@ -94,6 +94,7 @@ void cuda_swiglu_forward(struct backend *be, act *h, const act *gate_up, int64_t
 void cuda_swiglu_backward(struct backend *be, act *d_gate_up, const act *dh, const act *gate_up, int64_t N, int64_t F);
 void cuda_distill_loss(struct backend *be, act *logits, float *kd, float *ce, const struct distill_targets *t, const struct distill_args *a, int64_t R, int64_t V, int64_t Vv);
 void cuda_teacher_targets(struct backend *be, const struct teacher_targets *out, const act *logits, const int32_t *labels, int64_t R, int64_t V, int64_t Vv);
+void cuda_sample_targets(struct backend *be, const struct sample_targets *s, const act *logits, int64_t R, int64_t V, int64_t Vv);
 void cuda_compare_logits(struct backend *be, struct eval_row *out, const act *student, const act *teacher, const int32_t *labels, int64_t R, int64_t Vs, int64_t Vt, int64_t Vv);
 void cuda_sum_squares(struct backend *be, double *sum, const grad *g, int64_t count);
 void cuda_sum_rows(struct backend *be, double *sum, const float *x, int64_t count);

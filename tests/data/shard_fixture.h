@@ -13,10 +13,12 @@
 #include "base/rng.h"
 #include "data/shard.h"
 
+/* k: the head; of kind hybrid the same number of draws and one more, of kind sampled the draws */
 static inline struct shard_manifest fixture_manifest(enum shard_kind kind, int64_t rows, int64_t rows_per_shard, int64_t length, int32_t vocab, int k)
 {
-    struct shard_manifest m = {.kind = kind, .rows = rows, .row_length = length, .rows_per_shard = rows_per_shard, .k = kind == SHARD_FULL ? 0 : k,
-                               .n_temperatures = 3, .temperatures = {1, 0.7f, 3}, .valid_vocab = vocab, .teacher_vocab = vocab + 13, .seed = 0xfedcba9876543210u, .text_bytes = 12345};
+    struct shard_manifest m = {.kind = kind, .rows = rows, .row_length = length, .rows_per_shard = rows_per_shard, .k = shard_kind_has_head(kind) ? k : 0,
+                               .draws = kind == SHARD_HYBRID ? k + 1 : kind == SHARD_SAMPLED ? k : 0, .n_temperatures = kind == SHARD_SAMPLED ? 1 : 3, .temperatures = {1, 0.7f, 3}, .valid_vocab = vocab, .teacher_vocab = vocab + 13, .seed = 0xfedcba9876543210u, .text_bytes = 12345};
+    if (kind == SHARD_SAMPLED) m.temperatures[1] = m.temperatures[2] = 0;
     memset(m.tokenizer_hash, 'a', SHA256_HEX - 1);
     memset(m.corpus_hash, '0', SHA256_HEX - 1);
     strcpy(m.packing, "test \"rows\" é");
@@ -46,6 +48,37 @@ static inline double log_sum_exp(const double *x, int64_t n, double T)
     for (int64_t i = 0; i < n; i++) max = fmax(max, x[i] / T);
     for (int64_t i = 0; i < n; i++) sum += exp(x[i] / T - max);
     return max + log(sum);
+}
+
+/* D draws from the entries of sorted[first ..], by their definition: one after another, then counted. */
+static inline void fixture_draws(const struct shard_manifest *m, int64_t row, int64_t t, const struct scored *sorted, int64_t first, double lse, struct shard_row *out)
+{
+    int64_t V = m->valid_vocab, D = m->draws;
+    int *times = xcalloc((size_t)V, sizeof *times);
+    double *logp = xcalloc((size_t)V, sizeof *logp), mass = 0;
+    for (int64_t i = first; i < V; i++) mass += exp(sorted[i].t / m->temperatures[0] - lse);
+    for (int64_t d = 0; d < D && first < V; d++) {
+        struct philox r = philox4x32(10, (uint64_t)(row << 20 | t), (uint64_t)d);
+        double at = uniform_double(r.v[0], r.v[1]) * mass;
+        int64_t i = first;
+        for (; i < V - 1 && (at -= exp(sorted[i].t / m->temperatures[0] - lse)) >= 0; i++) {}
+        times[sorted[i].id]++;
+        logp[sorted[i].id] = sorted[i].t / m->temperatures[0] - lse;
+    }
+    int64_t n = 0;
+    for (int64_t v = 0; v < V; v++) {
+        if (!times[v]) continue;
+        out->draw_ids[t * D + n] = (uint32_t)v;
+        out->draw_count[t * D + n] = (uint8_t)times[v];
+        if (out->draw_logprob) out->draw_logprob[t * D + n] = f16_from_float((float)logp[v]);
+        n++;
+    }
+    for (; n < D; n++) {
+        out->draw_ids[t * D + n] = out->draw_count[t * D + n] = 0;
+        if (out->draw_logprob) out->draw_logprob[t * D + n] = 0;
+    }
+    free(times);
+    free(logp);
 }
 
 /* Documents of random lengths, the last one sometimes padding; `out` from shard_row_alloc. */
@@ -79,6 +112,7 @@ static inline void fixture_row(const struct shard_manifest *m, int64_t row, stru
             out->head_ids[t * K + i] = sorted[i].id;
             out->head_logprob[t * K + i] = f16_from_float((float)(sorted[i].t / T0 - lse));
         }
+        if (out->draw_ids) fixture_draws(m, row, t, sorted, K, lse, out);
         for (int64_t j = 0; j < nT; j++) {
             double T = m->temperatures[j], lse_j = log_sum_exp(logits, V, T), tail = 0;
             out->lse[t * nT + j] = (float)lse_j;

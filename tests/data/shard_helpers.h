@@ -131,6 +131,32 @@ static inline int dump_under(const char *dir, const struct shard_manifest *m, co
     return WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
 }
 
+/* The CRC a row should have, for what is in the file: of a ragged row whose offsets cannot be, without its entries, as the reader takes it. */
+static inline uint32_t row_crc(const struct shard_file *file, const struct shard_manifest *m, int fd, int64_t row)
+{
+    struct shard_layout layout[SHARD_FIELDS];
+    uint32_t crc = shard_row_crc_start(row), *offset = NULL;
+    int64_t L = m->row_length, begin = 0, entries = 0;
+    shard_layout(m, layout);
+    for (int i = 0; i < SHARD_ROW_CRC; i++) {
+        if (!layout[i].name) continue;
+        int64_t width = shard_type_bytes(layout[i].type), step = layout[i].ragged, n = step ? entries / step * width : layout[i].row_bytes;
+        uint8_t *data = xmalloc((size_t)n + 1);
+        CHECK(pread(fd, data, (size_t)n, file->offset[i] + (step ? begin / step * width : row * n)) == n, "pread");
+        crc = crc32c(crc, data, (size_t)n);
+        if (i == SHARD_DRAW_OFFSET) {
+            offset = (uint32_t *)data;
+            bool good = offset[0] % RAGGED_STEP == 0 && offset[0] <= file->entries;
+            for (int64_t t = 0; t < L; t++) good &= offset[t + 1] >= offset[t] && offset[t + 1] - offset[t] <= (uint32_t)m->draws;
+            begin = offset[0];
+            entries = good ? ragged_round((int64_t)offset[L] - begin) : 0;
+            if (entries > file->entries - begin) entries = 0;
+        }
+        free(data);
+    }
+    return crc;
+}
+
 /* Overwrites `bytes` of field f at element offset and makes the row's CRC right, as a hostile or buggy writer would. */
 static inline void forge(const char *dir, const struct shard_manifest *m, int f, int64_t row, int64_t at, const void *value, size_t bytes, bool fix_crc)
 {
@@ -143,14 +169,7 @@ static inline void forge(const char *dir, const struct shard_manifest *m, int f,
     OK_OR_DIE(shard_file_open(&file, path, m, id, 0, -1));
     int fd = open(path, O_RDWR);
     cr_assert(pwrite(fd, value, bytes, file.offset[f] + row * layout[f].row_bytes + at) == (ssize_t)bytes);
-    uint32_t crc = shard_row_crc_start(row);
-    for (int i = 0; i < SHARD_ROW_CRC; i++) {
-        if (!layout[i].row_bytes) continue;
-        uint8_t *data = xmalloc((size_t)layout[i].row_bytes);
-        cr_assert(pread(fd, data, (size_t)layout[i].row_bytes, file.offset[i] + row * layout[i].row_bytes) == layout[i].row_bytes);
-        crc = crc32c(crc, data, (size_t)layout[i].row_bytes);
-        free(data);
-    }
+    uint32_t crc = row_crc(&file, m, fd, row);
     if (fix_crc) cr_assert(pwrite(fd, &crc, 4, file.offset[SHARD_ROW_CRC] + 4 * row) == 4);
     close(fd);
     shard_file_close(&file);

@@ -193,7 +193,7 @@ Test(loader, without_shuffle_once_in_order)
 
 Test(loader, batch_of_documents)
 {
-    struct batch *b = batch_new(2, 6, NULL);
+    struct batch *b = batch_new(2, 6, NULL, false);
     uint32_t tokens[] = {5, 6, 7, 8, 9, 10};
     uint8_t mask[] = {1, 0, 0, 1, 0, 0}, last[] = {0, 0, 0, 0, 0, 1};
     uint16_t document[] = {0, 0, 1, 2, 2, 3}, whole[6] = {0};
@@ -210,12 +210,73 @@ Test(loader, batch_of_documents)
     batch_free(NULL);
 }
 
+/* Entries and weights of the kinds that draw, at every temperature: each against its definition; and over many positions sum w f and sum p f are the same
+ * within five standard errors, f being what a truncated head gets wrong. */
+Test(loader, samples)
+{
+    struct shard_manifest kinds[] = {fixture_manifest(SHARD_HYBRID, 60, 20, 32, 40, 4), fixture_manifest(SHARD_SAMPLED, 60, 20, 32, 40, 6), fixture_manifest(SHARD_HYBRID, 8, 4, 8, 5, 5)};
+    for (int kind = 0; kind < 3; kind++) {
+        struct shard_manifest *m = &kinds[kind];
+        struct shard_dataset *d = open_dataset(dataset_new(kept(xasprintf("d%d", kind)), m));
+        int64_t L = m->row_length, V = m->valid_vocab, K = m->k, D = m->draws;
+        double *logits = kept(xmalloc((size_t)V * sizeof *logits));
+        struct shard_row stored;
+        shard_row_alloc(&stored, m);
+        for (int j = 0; j < m->n_temperatures; j++) {
+            struct loader_options o = options(3, true);
+            struct loader *l;
+            struct batch *b;
+            double T = o.temperature = m->temperatures[j], T0 = m->temperatures[0], sum[3] = {0}, square[3] = {0};
+            int64_t positions = 0;
+            o.samples = true;
+            OK_OR_DIE(loader_open_dataset(&l, d, &o));
+            for (int64_t rows = 0; rows < m->rows; rows += 3) {
+                OK_OR_DIE(loader_next(l, &b));
+                cr_assert_eq(b->k, K + D);
+                for (int64_t n = 0; n < b->n; n++, positions++) {
+                    int64_t row = b->row_index[n / L], t = n % L, at = n * b->k;
+                    fixture_logits(m, row, t, logits);
+                    if (t == 0) OK_OR_DIE(shard_dataset_read(d, row, &stored));
+                    double lse = log_sum_exp(logits, V, T), lse0 = log_sum_exp(logits, V, T0), r = 0, estimate[3] = {0}, exact = 0, head = 0;
+                    for (int64_t i = 0; i < K; i++) head += exp(logits[stored.head_ids[t * K + i]] / T0 - lse0);
+                    r = K ? fmax(1 - head, 0) : 1;
+                    for (int64_t v = 0; v < V; v++) exact += exp(logits[v] / T - lse) * logits[v];
+                    for (int64_t i = 0; i < K + D; i++) {
+                        double w = b->weight[at + i], want, p = exp(logits[b->head_ids[at + i]] / T - lse), p0 = exp(logits[b->head_ids[at + i]] / T0 - lse0);
+                        int count = i < K ? -1 : stored.draw_count[t * D + i - K];
+                        if (!count) {
+                            cr_assert(w == 0 && b->head_ids[at + i] == 0 && b->head_logprob[at + i] == 0, "an unused slot is not empty");
+                            continue;
+                        }
+                        want = count < 0 ? p : count / (double)D * r * p / p0;
+                        cr_assert(fabs(w - want) <= want * (fabs(log(p0)) / 1000 * (1 + T0 / T) + 1e-4), "T = %g, entry %d: weight %g is not %g", T, (int)i, w, want);
+                        if (m->kind == SHARD_SAMPLED) cr_assert_float_eq(b->head_logprob[at + i], -f16_to_float(stored.entropy[t]), 0);
+                        else cr_assert_float_eq(b->head_logprob[at + i], log(p), 1e-3 * (1 + fabs(log(p0))));
+                        estimate[0] += w * logits[b->head_ids[at + i]];
+                        if (i >= K) continue;
+                        estimate[1] += p * logits[b->head_ids[at + i]];
+                        estimate[2] += p;
+                    }
+                    double off[3] = {estimate[0] - exact, K ? estimate[1] / estimate[2] - exact : 0, 0};
+                    for (int i = 0; i < 2; i++) { sum[i] += off[i]; square[i] += off[i] * off[i]; }
+                }
+            }
+            double n = (double)positions, error = sqrt(fmax(square[0] / n - sum[0] / n * (sum[0] / n), 0) / n), biased = sqrt(fmax(square[1] / n - sum[1] / n * (sum[1] / n), 0) / n);
+            cr_assert(fabs(sum[0] / n) <= 5 * error + 2e-3, "%s at T = %g: off by %g, the standard error is %g", shard_kind_name(m->kind), T, sum[0] / n, error);
+            if (K && K < V) cr_assert(fabs(sum[1] / n) > 20 * biased, "a head alone passes this test: %g, %g", sum[1] / n, biased);
+            loader_close(l);
+        }
+        shard_row_free(&stored);
+        shard_dataset_close(d);
+    }
+}
+
 /* Targets at every temperature against the definition, from the logits the fixture made. */
 Test(loader, temperatures)
 {
-    struct shard_manifest kinds[] = {eleven(), fixture_manifest(SHARD_FULL, 5, 2, 8, 21, 0), eleven()};
+    struct shard_manifest kinds[] = {eleven(), fixture_manifest(SHARD_FULL, 5, 2, 8, 21, 0), eleven(), fixture_manifest(SHARD_HYBRID, 11, 3, 8, 40, 4)};
     kinds[2].temperatures[0] = 2;                                 /* stored at T0 = 2, asked for at 0.7 */
-    for (int kind = 0; kind < 3; kind++) {
+    for (int kind = 0; kind < 4; kind++) {
         struct shard_manifest *m = &kinds[kind];
         char *name = xasprintf("d%d", kind);
         struct shard_dataset *d = open_dataset(dataset_new(name, m));
@@ -289,6 +350,15 @@ Test(loader, refuses)
     struct loader *l;
     o.temperature = 2;
     FAILS(loader_open_dataset(&l, d, &o), ERR_MISMATCH, "temperature 2 was asked for, the dataset has 1, 0.7, 3");
+    o.temperature = 1;
+    o.samples = true;
+    FAILS(loader_open_dataset(&l, d, &o), ERR_MISMATCH, "kind topk, which holds no draws");
+    o.samples = false;
+    o.temperature = 2;
+    struct shard_manifest sampled = fixture_manifest(SHARD_SAMPLED, 2, 1, 4, 20, 3);
+    struct shard_dataset *drawn = open_dataset(dataset_new("sampled", &sampled));
+    FAILS(loader_open_dataset(&l, drawn, &o), ERR_MISMATCH, "temperature 2 was asked for, but kind sampled serves only the one it was drawn at, 1;");
+    shard_dataset_close(drawn);
     shard_dataset_close(d);
     char *journal = kept_path(dir, "journal.jsonl"), *text;
     size_t bytes;

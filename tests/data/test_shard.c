@@ -29,8 +29,10 @@ static void round_trip(const char *name, struct shard_manifest m)
         OK_OR_DIE(shard_dataset_read(d, r, &got));
 #define SAME(f, n) cr_assert(memcmp(want.f, got.f, (size_t)(n) * sizeof *want.f) == 0, "%s: row %lld: " #f, name, (long long)r)
         SAME(tokens, L); SAME(loss_mask, L); SAME(document, L); SAME(entropy, L); SAME(label_logprob, L); SAME(lse, L * m.n_temperatures);
-        if (m.kind == SHARD_TOPK) { SAME(tail, L * m.n_temperatures); SAME(head_ids, L * m.k); SAME(head_logprob, L * m.k); }
-        else SAME(logits, L * m.valid_vocab);
+        if (shard_kind_has_head(m.kind)) { SAME(tail, L * m.n_temperatures); SAME(head_ids, L * m.k); SAME(head_logprob, L * m.k); }
+        if (shard_kind_draws(m.kind)) { SAME(draw_ids, L * m.draws); SAME(draw_count, L * m.draws); }
+        if (m.kind == SHARD_HYBRID) SAME(draw_logprob, L * m.draws);
+        if (m.kind == SHARD_FULL) SAME(logits, L * m.valid_vocab);
     }
     const struct shard_manifest *back = shard_dataset_manifest(d);
     OK_OR_DIE(manifest_same(dir, back, &m));
@@ -63,6 +65,17 @@ Test(shard, round_trip)
     round_trip("whole", fixture_manifest(SHARD_TOPK, 3, 1, 6, 11, 11));                /* the head holds everything: tail -inf */
     round_trip("k1", fixture_manifest(SHARD_TOPK, 1, 1, 2, 2, 1));
     round_trip("full", fixture_manifest(SHARD_FULL, 5, 2, 12, 37, 0));
+    round_trip("hybrid", fixture_manifest(SHARD_HYBRID, 5, 2, 12, 300, 5));
+    round_trip("hybrid18", fixture_manifest(SHARD_HYBRID, 1, 1, 3, SHARD_MAX_VOCAB, 7));
+    round_trip("hybrid whole", fixture_manifest(SHARD_HYBRID, 3, 1, 6, 11, 11));       /* nothing to draw from */
+    round_trip("hybrid one left", fixture_manifest(SHARD_HYBRID, 3, 1, 6, 12, 11));
+    struct shard_manifest most = fixture_manifest(SHARD_HYBRID, 1, 1, 4, 2000, 254);   /* a count may be 255 */
+    round_trip("hybrid255", most);
+    round_trip("sampled", fixture_manifest(SHARD_SAMPLED, 5, 2, 12, 300, 9));
+    round_trip("sampled18", fixture_manifest(SHARD_SAMPLED, 2, 1, 3, SHARD_MAX_VOCAB, 7));
+    round_trip("sampled1", fixture_manifest(SHARD_SAMPLED, 3, 3, 5, 20, 1));
+    round_trip("sampled255", fixture_manifest(SHARD_SAMPLED, 2, 2, 5, 1, 255));
+    round_trip("sampled pages", fixture_manifest(SHARD_SAMPLED, 4, 4, 700, 100, 40));
     struct shard_manifest hot = small();
     hot.n_temperatures = 1;
     hot.temperatures[0] = 20;
@@ -98,9 +111,11 @@ Test(shard, h5py_reads_everything)
         free(probe);
     }
     if (!python) cr_skip_test("SKIPPED: no python3 with h5py and numpy; name one in DISTILL_PYTHON");
-    struct shard_manifest kinds[] = {small(), fixture_manifest(SHARD_FULL, 5, 2, 12, 37, 0), fixture_manifest(SHARD_TOPK, 2, 1, 4, 140000, 7)};
-    for (int i = 0; i < 3; i++) {
-        char *dir = dataset_new(i == 0 ? "a" : i == 1 ? "b" : "c", &kinds[i]);
+    struct shard_manifest kinds[] = {small(), fixture_manifest(SHARD_FULL, 5, 2, 12, 37, 0), fixture_manifest(SHARD_TOPK, 2, 1, 4, 140000, 7),
+                                     fixture_manifest(SHARD_HYBRID, 5, 2, 12, 300, 5), fixture_manifest(SHARD_HYBRID, 2, 1, 4, 140000, 7), fixture_manifest(SHARD_HYBRID, 3, 1, 6, 11, 11),
+                                     fixture_manifest(SHARD_SAMPLED, 5, 2, 12, 300, 9), fixture_manifest(SHARD_SAMPLED, 2, 1, 4, 140000, 7)};
+    for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++) {
+        char *dir = dataset_new(kept(xasprintf("kind%zu", i)), &kinds[i]);
         char *command = xasprintf("%s %s/scripts/read_shards.py --row 1 %s > %s/out", python, SOURCE_ROOT, dir, base);
         cr_assert_eq(system(command), 0, "%s", command);
         free(command);
@@ -129,8 +144,13 @@ Test(shard, another_manifest)
     shard_writer_close(w);
     char *no = kept_path(base, "no");
 #define REFUSED(change, part) do { other = m; change; FAILS(shard_writer_open(&w, no, &other), ERR_USAGE, part); cr_assert(!path_exists(no)); } while (0)
-    REFUSED(other.kind = SHARD_HYBRID, "hybrid");
-    REFUSED(other.kind = SHARD_SAMPLED, "sampled");
+    REFUSED(other.kind = SHARD_HYBRID, "m is 0");
+    REFUSED(other.draws = 1, "m is 1");
+    REFUSED(other.kind = SHARD_HYBRID; other.draws = 256, "m is 256, not in 1 .. 255");
+    REFUSED(other.kind = SHARD_SAMPLED; other.draws = 9, "k is 5");
+    REFUSED(other.kind = SHARD_SAMPLED; other.k = 0, "n is 0");
+    REFUSED(other.kind = SHARD_SAMPLED; other.k = 0; other.draws = 9, "list one, or use kind hybrid");
+    REFUSED(other.kind = SHARD_SAMPLED; other.k = 0; other.draws = 255; other.n_temperatures = 1; other.row_length = 1 << 20; other.rows = other.rows_per_shard = 17, "2^32 entries");
     REFUSED(other.k = 0, "k is 0");
     REFUSED(other.k = 301, "k is 301");
     REFUSED(other.k = 300, "k is 300");
@@ -153,7 +173,7 @@ Test(shard, another_manifest)
 Test(shard, hostile_manifest)
 {
     static const struct { const char *from, *to, *part; } cases[] = {
-        {"\"topk\"", "\"hybrid\"", "hybrid"}, {"\"topk\"", "\"sampled\"", "sampled"}, {"\"topk\"", "\"zip\"", "zip"}, {"\"k\": 5", "\"k\": 5,\n  \"zz\": 1", "zz"},
+        {"\"topk\"", "\"hybrid\"", "\"m\" is missing"}, {"\"topk\"", "\"sampled\"", "\"n\" is missing"}, {"\"k\": 5", "\"k\": 5,\n  \"m\": 1", "key \"m\""}, {"\"k\": 5", "\"k\": 5,\n  \"n\": 1", "key \"n\""}, {"\"topk\"", "\"zip\"", "zip"}, {"\"k\": 5", "\"k\": 5,\n  \"zz\": 1", "zz"},
         {"\"version\": 1", "\"version\": 2", "version 2"}, {"\"rows\": 5", "\"rows\": 0", "rows"}, {"\"rows\": 5", "\"rows\": 1e3", "rows"}, {"\"rows\": 5", "\"rows\": -5", "rows"},
         {"\"rows\": 5", "\"rows\": 1000000000000", "shards"}, {"\"row_length\": 12", "\"row_length\": 1", "row_length"}, {"\"row_length\": 12", "\"row_length\": 4000000000", "row_length"},
         {"\"valid_vocab\": 300", "\"valid_vocab\": 300000", "valid_vocab"}, {"\"valid_vocab\": 300", "\"valid_vocab\": 4", "k is 5"}, {"0.7", "\"0.7\"", "temperature"}, {"0.7", "-0.7", "temperature"},
@@ -270,6 +290,166 @@ Test(shard, rows_out_of_range)
         dir_remove_tree(again);
     }
     shard_row_free(&good);
+}
+
+/* What is drawn: `r` is a good row, spoilt one way at a time, by whoever puts it and by whoever forges a file. */
+struct drawn { struct shard_manifest m; struct shard_writer *w; struct shard_row good, r; int64_t on; char *dir; };
+
+static void open_drawn(struct drawn *d, const char *name, enum shard_kind kind)
+{
+    d->m = fixture_manifest(kind, 1, 1, 8, 300, 6);
+    d->dir = kept_path(base, name);
+    OK_OR_DIE(shard_writer_open(&d->w, d->dir, &d->m));
+    OK_OR_DIE(shard_writer_begin(d->w, 0));
+    shard_row_alloc(&d->good, &d->m);
+    shard_row_alloc(&d->r, &d->m);
+    fixture_row(&d->m, 0, &d->good);
+    fixture_row(&d->m, 0, &d->r);
+    for (d->on = 0; !d->good.loss_mask[d->on]; d->on++) {}
+}
+
+static void close_drawn(struct drawn *d)
+{
+    OK_OR_DIE(shard_writer_put(d->w, &d->good));
+    OK_OR_DIE(shard_writer_seal(d->w));
+    shard_writer_close(d->w);
+    OK_OR_DIE(verify(d->dir));
+    shard_row_free(&d->r);
+}
+
+static void restore(struct drawn *d)
+{
+    size_t n = (size_t)(d->m.row_length * d->m.draws);
+    memcpy(d->r.draw_ids, d->good.draw_ids, n * 4);
+    memcpy(d->r.draw_count, d->good.draw_count, n);
+    if (d->r.draw_logprob) memcpy(d->r.draw_logprob, d->good.draw_logprob, n * 2);
+    if (d->r.tail) memcpy(d->r.tail, d->good.tail, (size_t)(d->m.row_length * d->m.n_temperatures) * 4);
+}
+
+static void forged_draws(const struct drawn *d, int field, int64_t at, const void *value, size_t bytes, const char *part)
+{
+    char *again = kept_path(base, "again");
+    OK_OR_DIE(fixture_dump(again, &d->m));
+    forge(again, &d->m, field, 0, at, value, bytes, false);
+    FAILS(read_everything(again, false), ERR_INPUT, "CRC");
+    forge(again, &d->m, field, 0, at, value, bytes, true);
+    FAILS(read_everything(again, false), ERR_INPUT, part);
+    dir_remove_tree(again);
+}
+
+#define SPOILT(change, part) do { restore(&d); change; FAILS(shard_writer_put(d.w, &d.r), ERR_NUMERIC, part); } while (0)
+
+Test(shard, hybrid_draws_out_of_range)
+{
+    struct drawn d;
+    open_drawn(&d, "hybrid", SHARD_HYBRID);
+    int64_t D = d.m.draws, at = d.on * D, used = 0;
+    uint32_t *ids = d.r.draw_ids + at, head = d.r.head_ids[d.on * d.m.k + 2];
+    uint8_t *count = d.r.draw_count + at;
+    uint16_t *logp = d.r.draw_logprob + at;
+    while (used < D && count[used]) used++;
+    cr_assert(used >= 2 && used < D, "the fixture's row draws nothing twice: %d", (int)used);
+    SPOILT(count[0]++, "add up to 8, not to 7");
+    SPOILT((memset(count, 0, 7), memset(ids, 0, 28), memset(logp, 0, 14)), "no draws");
+    SPOILT(count[0] = 0, "then zeros");
+    SPOILT(ids[used] = 1, "then zeros");
+    SPOILT(logp[used] = 1, "then zeros");
+    SPOILT(ids[1] = ids[0], "ascending");
+    SPOILT(ids[used - 1] = 300, "vocabulary 300");
+    SPOILT((ids[0] = head, count[0] = 7, memset(count + 1, 0, 6), memset(ids + 1, 0, 24), memset(logp + 1, 0, 12)), "is in the head");
+    SPOILT(logp[1] = 0x7e00, "log-probability 1 of the draws");
+    SPOILT(logp[0] = 0xfc00, "log-probability 0 of the draws");
+    SPOILT(logp[0] = f16_from_float(0.25f), "log-probability 0 of the draws");
+    SPOILT(logp[0] = f16_from_float(-0.1f), "likelier than the head's last");
+    for (int64_t t = 0; t < 8; t++) d.good.loss_mask[t] = t == d.on;       /* a tail of nothing, were it not for the draws */
+    memcpy(d.r.loss_mask, d.good.loss_mask, 8);
+    restore(&d);
+    for (int64_t i = 0; i < used; i++) d.r.draw_logprob[at + i] = d.good.head_logprob[d.on * d.m.k + d.m.k - 1];
+    d.r.tail[d.on * 3] -= 2;
+    cr_assert_eq(shard_writer_put(d.w, &d.r), ERR_NUMERIC);
+    /* where nothing is learnt, zeros do */
+    struct shard_row zeros = d.good;
+    zeros.draw_ids = kept(xcalloc((size_t)(8 * D), 4));
+    zeros.draw_count = kept(xcalloc((size_t)(8 * D), 1));
+    zeros.draw_logprob = kept(xcalloc((size_t)(8 * D), 2));
+    zeros.loss_mask = kept(xcalloc(8, 1));
+    OK_OR_DIE(shard_row_check(&d.m, &zeros, true, ERR_NUMERIC));
+    fixture_row(&d.m, 0, &d.good);
+    close_drawn(&d);
+    uint16_t id = 0xffff, up = f16_from_float(-0.1f);
+    uint8_t byte = 0xff;
+    forged_draws(&d, SHARD_DRAW_LOW, at * 2, &id, 2, "vocabulary 300");
+    forged_draws(&d, SHARD_DRAW_HIGH, d.on * 2 + 1, &byte, 1, "unused bits of tail_ids_high");
+    forged_draws(&d, SHARD_DRAW_COUNT, at, &byte, 1, "add up to");
+    forged_draws(&d, SHARD_DRAW_LOGPROB, at * 2, &up, 2, "likelier");
+    shard_row_free(&d.good);
+}
+
+Test(shard, sampled_draws_out_of_range)
+{
+    struct drawn d;
+    open_drawn(&d, "sampled", SHARD_SAMPLED);
+    int64_t D = d.m.draws, at = d.on * D, used = 0, entries = 0;
+    uint32_t *ids = d.r.draw_ids + at, more = (uint32_t)D + 1, two = 2, far = 4000, down;
+    uint8_t *count = d.r.draw_count + at, zero = 0, many = 200, ff = 0xff;
+    while (used < D && count[used]) used++;
+    cr_assert(used >= 2, "the fixture's row draws one id alone");
+    SPOILT(count[1]++, "add up to 7, not to 6");
+    SPOILT((memset(count, 0, 6), memset(ids, 0, 24)), "no draws");
+    SPOILT(ids[0] = ids[1], "ascending");
+    SPOILT(ids[used - 1] = 300, "vocabulary 300");
+    for (int64_t i = 0; i < 8 * D; i++) entries += d.good.draw_count[i] > 0;
+    close_drawn(&d);
+    uint32_t one[2] = {0, more};
+    forged_draws(&d, SHARD_DRAW_OFFSET, 0, one, 8, "do not ascend by at most 6");
+    forged_draws(&d, SHARD_DRAW_OFFSET, 0, &two, 4, "do not ascend");
+    forged_draws(&d, SHARD_DRAW_OFFSET, 0, &far, 4, "do not ascend");
+    down = 0;
+    forged_draws(&d, SHARD_DRAW_OFFSET, 4 * 8, &down, 4, "do not ascend");
+    forged_draws(&d, SHARD_DRAW_COUNT, 0, &zero, 1, "count 0");
+    forged_draws(&d, SHARD_DRAW_COUNT, 0, &many, 1, "add up to");
+    forged_draws(&d, SHARD_DRAW_HIGH, 0, &ff, 1, "vocabulary 300");
+    cr_assert(entries % RAGGED_STEP, "the fixture's entries need no padding");
+    forged_draws(&d, SHARD_DRAW_COUNT, entries, &many, 1, "behind its last position");
+    shard_row_free(&d.good);
+}
+
+/* Rows of a ragged shard that overlap, each sound on its own; a shard without one draw; and dimensions that do not fit each other. */
+Test(shard, ragged_shards)
+{
+    struct shard_manifest m = fixture_manifest(SHARD_SAMPLED, 3, 3, 8, 300, 6);
+    char *dir = dataset_new("d", &m), id[SHA256_HEX];
+    struct shard_layout layout[SHARD_FIELDS];
+    struct shard_file f;
+    int64_t targets;
+    uint32_t offset[9];
+    shard_layout(&m, layout);
+    OK_OR_DIE(manifest_read(dir, &m, id));
+    char *path = kept(shard_path(dir, 0));
+    OK_OR_DIE(shard_file_open(&f, path, &m, id, 0, -1));
+    OK_OR_DIE(shard_file_check_rows(&f, &m, &targets));
+    OK_OR_DIE(file_pread(f.fd, offset, sizeof offset, f.offset[SHARD_DRAW_OFFSET], path));
+    for (int i = 0; i < 9; i++) offset[i] += RAGGED_STEP;                     /* row 0 where row 1 begins, a little later */
+    shard_file_close(&f);
+    forge(dir, &m, SHARD_DRAW_OFFSET, 0, 0, offset, sizeof offset, true);
+    OK_OR_DIE(shard_file_open(&f, path, &m, id, 0, -1));
+    cr_assert_eq(shard_file_check_rows(&f, &m, &targets), ERR_INPUT);
+    shard_file_close(&f);
+
+    char *empty = kept_path(base, "empty");
+    struct shard_writer *w;
+    struct shard_row row;
+    m = fixture_manifest(SHARD_SAMPLED, 2, 2, 8, 300, 6);
+    shard_row_alloc(&row, &m);
+    OK_OR_DIE(shard_writer_open(&w, empty, &m));
+    OK_OR_DIE(shard_writer_begin(w, 0));
+    OK_OR_DIE(shard_writer_put(w, &row));
+    OK_OR_DIE(shard_writer_put(w, &row));
+    OK_OR_DIE(shard_writer_seal(w));
+    shard_writer_close(w);
+    OK_OR_DIE(verify(empty));
+    OK_OR_DIE(read_everything(empty, true));
+    shard_row_free(&row);
 }
 
 /* ---- files that libhdf5 likes and we must not ---- */
@@ -436,6 +616,10 @@ Test(shard, sizes_of_large_datasets)
     m.n_temperatures = 1;
     per_token = (double)shard_bytes(&m, 0) / ((double)m.row_length * m.rows_per_shard);
     cr_assert(per_token < 300, "%g bytes per token", per_token);
+    m.kind = SHARD_HYBRID;
+    m.k = m.draws = 32;
+    per_token = (double)shard_bytes(&m, 0) / ((double)m.row_length * m.rows_per_shard);
+    cr_assert(per_token < 330, "%g bytes per token", per_token);
 }
 
 Test(failpoint, parsing)

@@ -63,7 +63,7 @@ void fixture_close(struct fixture *f)
 struct batch *fixture_batch(int64_t rows, int64_t length, const int *documents, int k, uint64_t seed)
 {
     struct shard_manifest m = {.kind = SHARD_TOPK, .k = k, .valid_vocab = FIXTURE_VOCAB - 2, .rows = rows, .row_length = length, .n_temperatures = 1, .temperatures = {1}};
-    struct batch *b = batch_new(rows, length, k ? &m : NULL);
+    struct batch *b = batch_new(rows, length, k ? &m : NULL, false);
     uint32_t *tokens = xmalloc((size_t)length * sizeof *tokens);
     uint8_t *mask = xmalloc((size_t)length);
     uint16_t *document = xmalloc((size_t)length * sizeof *document);

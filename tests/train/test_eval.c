@@ -96,7 +96,7 @@ Test(eval, rows_by_definition)
         int64_t used = cases[c].max_rows && cases[c].max_rows < ROWS ? cases[c].max_rows : ROWS;
         open_pair(&student, &teacher, cases[c].batch, cases[c].chunk);
         open_pair(&wide_student, &wide_teacher, ROWS, 0);
-        struct batch *b = batch_new(used, L, NULL);
+        struct batch *b = batch_new(used, L, NULL, false);
         for (int64_t i = 0; i < used; i++) batch_set_row(b, i, rows->tokens + i * L, rows->loss_mask + i * L, rows->document + i * L);
         batch_finish(b);
         struct eval_result want = by_definition(&wide_student, &wide_teacher, b);

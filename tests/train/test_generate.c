@@ -58,7 +58,7 @@ static void machine_close(struct machine *m)
 
 static void full_logits(struct machine *m, const int32_t *tokens, int64_t n, float *last)
 {
-    struct batch *b = batch_new(1, n, NULL);
+    struct batch *b = batch_new(1, n, NULL, false);
     uint32_t row[ROOM];
     uint8_t mask[ROOM] = {0};
     uint16_t document[ROOM] = {0};

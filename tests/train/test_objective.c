@@ -24,7 +24,7 @@ static struct batch *teacher_batch(enum target_kind kind, int k, float T)
 {
     struct shard_manifest m = {.kind = kind == TARGET_FULL ? SHARD_FULL : SHARD_TOPK, .k = kind == TARGET_TOPK ? k : 0, .valid_vocab = VV, .rows = ROWS, .row_length = LENGTH, .n_temperatures = 1,
                                .temperatures = {1}};
-    struct batch *plain = fixture_batch(ROWS, LENGTH, documents, 0, 9), *b = batch_new(ROWS, LENGTH, kind == TARGET_NONE ? NULL : &m);
+    struct batch *plain = fixture_batch(ROWS, LENGTH, documents, 0, 9), *b = batch_new(ROWS, LENGTH, kind == TARGET_NONE ? NULL : &m, false);
     memcpy(b->tokens, plain->tokens, N * sizeof *b->tokens);
     memcpy(b->labels, plain->labels, N * sizeof *b->labels);
     memcpy(b->mask, plain->mask, N * sizeof *b->mask);

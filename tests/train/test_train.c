@@ -79,7 +79,7 @@ static char *setting(const char *key, const char *value) { return xasprintf("%s=
 /* The teacher's logits for a row as stored, by the model's own forward over that row alone. */
 static const float *logits_of(const struct shard_row *row)
 {
-    struct batch *b = batch_new(1, LENGTH, NULL);
+    struct batch *b = batch_new(1, LENGTH, NULL, false);
     batch_set_row(b, 0, row->tokens, row->loss_mask, row->document);
     batch_finish(b);
     model_set_batch(teacher.model, b);
@@ -233,7 +233,7 @@ Test(train, first_losses_are_the_definition)
         for (int r = 0; r < 4; r++) {
             cr_assert_eq(shard_dataset_read(d, b->row_index[r], &row), OK);
             const float *t = logits_of(&row);
-            struct batch *one = batch_new(1, LENGTH, NULL);
+            struct batch *one = batch_new(1, LENGTH, NULL, false);
             batch_set_row(one, 0, row.tokens, row.loss_mask, row.document);
             batch_finish(one);
             model_set_batch(student.model, one);
