@@ -15,6 +15,7 @@
 #include "data/shard.h"
 #include "train/inspect.h"
 #include "train/load.h"
+#include "train/select.h"
 
 enum { CHUNK = 256, BEST_OF_FULL = 64 };
 
@@ -31,28 +32,6 @@ struct comparison {
     float *scratch;                           /* [CHUNK, 2, Vv] */
     struct noise *noise;                      /* [CHUNK] */
 };
-
-/* The n-th largest of x[0 .. count), which is reordered (Hoare's selection). */
-static float nth_largest(float *x, int64_t count, int64_t n)
-{
-    int64_t low = 0, high = count - 1;
-    while (low < high) {
-        float pivot = x[low + (high - low) / 2];
-        int64_t i = low, j = high;
-        while (i <= j) {
-            while (x[i] > pivot) i++;
-            while (x[j] < pivot) j--;
-            if (i > j) break;
-            float t = x[i];
-            x[i++] = x[j];
-            x[j--] = t;
-        }
-        if (n - 1 <= j) high = j;
-        else if (n - 1 >= i) low = i;
-        else break;
-    }
-    return x[n - 1];
-}
 
 static double kl_term(double log_p, double log_q) { return exp(log_p) * (log_p > -1e30 ? log_p - log_q : 0) - exp(log_p) + exp(log_q); }
 

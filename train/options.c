@@ -35,9 +35,9 @@ const struct option options[] = {
 
     TEXT  ("teacher.path", teacher_path, "", D | T | E | B, "Hugging Face directory of the teacher"),
 
-    CHOICE("student.init", student_init, "hf", "hf|checkpoint|scratch|teacher", NULL, T,
+    CHOICE("student.init", student_init, "hf", "hf|checkpoint|scratch|teacher", NULL, D | T,
            "first weights: a Hugging Face directory, a checkpoint, random by student.config, or layers of the teacher"),
-    TEXT  ("student.path", student_path, "", T | B, "the directory for student.init hf and checkpoint"),
+    TEXT  ("student.path", student_path, "", D | T | B, "the directory for student.init hf and checkpoint"),
     TEXT  ("student.config", student_config, "", T | B, "config.json of the student for student.init scratch"),
     WHOLE ("student.keep_every", student_keep_every, "2", 1, 1000, T, "student.init teacher: keep every n-th layer"),
 

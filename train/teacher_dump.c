@@ -9,13 +9,14 @@
 #include "base/half.h"
 #include "data/shard.h"
 #include "train/command.h"
+#include "train/dump_plan.h"
 #include "train/load.h"
 #include "train/progress.h"
 #include "train/signals.h"
 #include "train/student.h"
 
 struct shard_range { int64_t first, end; };    /* end 0: every shard that nobody else makes, by locks; -1: every shard, without */
-struct dump_flags { bool dry_run, bad_range; struct shard_range range; };
+struct dump_flags { bool dry_run, no_measure, no_space_check, bad_range; struct shard_range range; };
 
 struct dump {
     const struct config *c;
@@ -206,6 +207,16 @@ static int put_rows(struct dump *d, struct shard_writer *w, const struct corpus_
     return OK;
 }
 
+/* Rows from `row` on, as many as a batch holds and before `end`. */
+static void fill_batch(struct dump *d, const struct corpus_rows *rows, int64_t row, int64_t end)
+{
+    int64_t L = rows->length;
+    d->batch->rows = end - row < d->c->dump_batch_rows ? end - row : d->c->dump_batch_rows;
+    d->batch->n = d->batch->rows * L;
+    for (int64_t r = 0; r < d->batch->rows; r++) batch_set_row(d->batch, r, rows->tokens + (row + r) * L, rows->loss_mask + (row + r) * L, rows->document + (row + r) * L);
+    batch_finish(d->batch);
+}
+
 /* How far the dataset is, for the progress line: `at_start` rows when this process began, `done` now, whoever made them. */
 struct dump_progress { const char *name; double start; int64_t at_start, done; };
 
@@ -213,20 +224,17 @@ struct dump_progress { const char *name; double start; int64_t at_start, done; }
 static int dump_shard(struct dump *d, struct shard_writer *w, const struct shard_manifest *m, const struct corpus_rows *rows, int64_t shard, struct dump_progress *p)
 {
     int rc = OK;
-    int64_t first = shard_first_row(m, shard), end = first + shard_rows(m, shard), L = rows->length;
+    int64_t first = shard_first_row(m, shard), end = first + shard_rows(m, shard);
     TRY(shard_writer_begin(w, shard));
     for (int64_t row = first; row < end; row += d->batch->rows) {
         if (stop_requested) { rc = fail(ERR_STOPPED, "stopped by a signal: %lld rows of %s are sealed, the %lld rows of the unfinished shard will be computed again; run the command again to go on",
                                         (long long)shard_writer_rows_done(w), p->name, (long long)(row - first)); goto out; }
-        d->batch->rows = end - row < d->c->dump_batch_rows ? end - row : d->c->dump_batch_rows;
-        d->batch->n = d->batch->rows * L;
-        for (int64_t r = 0; r < d->batch->rows; r++) batch_set_row(d->batch, r, rows->tokens + (row + r) * L, rows->loss_mask + (row + r) * L, rows->document + (row + r) * L);
-        batch_finish(d->batch);
+        fill_batch(d, rows, row, end);
         TRY(compute_targets(d, row));
         TRY(put_rows(d, w, rows, row));
         p->done += d->batch->rows;
         double rate = (double)(p->done - p->at_start) / (now_seconds() - p->start);
-        progress("%s  shard %lld/%lld  rows %lld/%lld  %.0f tok/s  eta %s", p->name, (long long)(shard + 1), (long long)shard_count(m), (long long)p->done, (long long)m->rows, rate * (double)L,
+        progress("%s  shard %lld/%lld  rows %lld/%lld  %.0f tok/s  eta %s", p->name, (long long)(shard + 1), (long long)shard_count(m), (long long)p->done, (long long)m->rows, rate * (double)rows->length,
                  duration_text((double)(m->rows - p->done) / rate));
     }
     TRY(shard_writer_seal(w));
@@ -315,21 +323,70 @@ static void print_plan(const struct dump *d)
     memory_print(d->plan, stdout);
 }
 
+static int plan_batch(void *context, int64_t first_row, int64_t *positions)
+{
+    struct dump *d = context;
+    fill_batch(d, d->train, first_row, d->train->rows);
+    *positions = d->batch->n;
+    return compute_targets(d, first_row);
+}
+
+/* What is still to be written, and whether there is room for it. */
+static int check_space(struct dump *d, const char *heldout, int64_t *bytes)
+{
+    const struct config *c = d->c;
+    struct shard_manifest m;
+    int64_t free_bytes = plan_bytes_free(c->shards_path);
+    *bytes = 0;
+    make_manifest(d, d->train, &m);
+    if (m.rows) *bytes += plan_bytes_missing(c->shards_path, &m);
+    if (d->heldout && d->heldout->rows) {
+        make_manifest(d, d->heldout, &m);
+        *bytes += plan_bytes_missing(heldout, &m);
+    }
+    if (free_bytes < 0) { printf("disk      %.2f GiB to be written at most; how much is free is not known\n", (double)*bytes / 0x1p30); return OK; }
+    printf("disk      %.2f GiB to be written at most, %.2f GiB free\n", (double)*bytes / 0x1p30, (double)free_bytes / 0x1p30);
+    if (*bytes <= free_bytes || d->flags.no_space_check) return OK;
+    return fail(ERR_IO, "%s: %lld bytes are to be written and %lld are free: free some, choose another shards.path, store less per token (shards.kind, shards.k), or insist with --no-space-check",
+                c->shards_path, (long long)*bytes, (long long)free_bytes);
+}
+
+/* Rate and table of a few batches; the weights are loaded. */
+static int measure(struct dump *d)
+{
+    struct shard_manifest m;
+    int64_t heldout = d->heldout ? d->heldout->rows : 0;
+    make_manifest(d, d->train, &m);
+    struct dump_plan p = {.c = d->c, .model = d->model, .rows = d->train, .manifest = &m, .tokens_missing = (d->train->rows + heldout) * d->train->length, .batch = d->batch, .compute = plan_batch,
+                          .context = d};
+    return dump_plan_measure(&p);
+}
+
 static int run(struct dump *d)
 {
     const struct config *c = d->c;
     int rc = OK;
-    char *heldout = heldout_shards_path(c);
+    char *heldout = heldout_shards_path(c), *no_room = NULL;
     TRY(open_teacher(d));
     TRY(read_kind(d));
     TRY(plan_memory(d));
     print_plan(d);
-    if (d->flags.dry_run) goto out;
+    int64_t bytes;
+    int space = check_space(d, heldout, &bytes);
+    no_room = xstrdup(fail_message());
+    if (!d->flags.dry_run || d->flags.no_measure) TRY(space);
+    if (d->flags.no_measure) goto out;
+    fflush(stdout);
     TRY(memory_commit(d->plan, (size_t)(c->memory_limit_gib * 0x1p30)));
     model_ready(d->model);
     allocate_host(d);
-    tensor_set_hash(d->files->tensors, d->weights_hash);
+    if (!d->flags.dry_run) tensor_set_hash(d->files->tensors, d->weights_hash);
     TRY(model_files_load(d->files, d->model));
+    if (d->flags.dry_run) {
+        TRY(measure(d));
+        if (space != OK) rc = fail(space, "%s", no_room);           /* the plan first, then what is wrong with it */
+        goto out;
+    }
     TRY(dump_datasets(d, heldout));
     if (d->positions) {
         printf("done      %lld positions dumped by this run", (long long)d->positions);
@@ -337,6 +394,7 @@ static int run(struct dump *d)
         printf("; %lld padding columns masked, they held %.2e of the mass\n", (long long)(d->files->config->vocab_size - d->Vv), d->padding_mass / (double)d->positions);
     }
 out:
+    free(no_room);
     free(heldout);
     return rc;
 }
@@ -347,6 +405,8 @@ static int take_flag(void *context, int argc, char **argv, int *i)
     long long first, end;
     int used = 0;
     if (!strcmp(argv[*i], "--dry-run")) { f->dry_run = true; return 1; }
+    if (!strcmp(argv[*i], "--no-measure")) { f->dry_run = f->no_measure = true; return 1; }
+    if (!strcmp(argv[*i], "--no-space-check")) { f->no_space_check = true; return 1; }
     if (strcmp(argv[*i], "--shards")) return 0;
     if (*i + 1 == argc) { f->bad_range = true; return 1; }
     const char *range = argv[++*i];
@@ -362,7 +422,10 @@ int command_teacher_dump(int argc, char **argv)
     int help, rc = OK;
     TRY(command_config(argc, argv, CMD_TEACHER_DUMP, "Runs the teacher once over the corpus and writes its targets into HDF5 shards. Run it again to go on where it stopped; several at once share the work.",
                        "distill teacher-dump configs/quickstart/distill.yaml", take_flag, &d.flags,
-                       "  --dry-run      print the plan (bytes per token, memory, FLOPs) and stop\n"
+                       "  --dry-run      print the plan and stop: bytes per token, memory, FLOPs, disk, and from a few batches the hours and a table of what K, m and N cost\n"
+                       "                 in gradient error. Exit code 4 when the shards do not fit on the disk\n"
+                       "  --no-measure   with --dry-run: without the batches, so that no weight is read\n"
+                       "  --no-space-check   dump although the disk seems too small\n"
                        "  --shards A:B   make shards A to B-1 and no others, without relying on locks: for job arrays on file systems whose locks do not reach other\n"
                        "                 machines. Every process needs a range of its own; afterwards distill inspect DATASET --repair enters the shards in the journal\n", &c, &help));
     if (help) goto out;
