@@ -15,7 +15,7 @@ enum { PLAN_K = 6, PLAN_N = 5 };
 extern const int plan_k[PLAN_K], plan_n[PLAN_N];   /* 8 .. 256; 12 .. 200 */
 
 /* Sums over positions. Errors are E |g' - g|^2, g the gradient of the full forward KL with respect to the student's logits times 1/T
- * (q - p), g' that of a stored target; science: the closed forms of README, "What a target costs". */
+ * (q - p), g' that of a stored target; the closed forms are in dump_plan.c. */
 struct plan_sums {
     int64_t positions;
     double gradient;                          /* |g|^2 */

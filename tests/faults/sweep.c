@@ -1,5 +1,5 @@
-/* Fails the n-th system call for every n until no fault fires, once and from then on, as SQLite tests itself: sweep SHIM TARGET
- * (DISTILL_LONG_TESTS=1: every read too; else the first 16 and every seventh)
+/* Fails the n-th system call for every n until no fault fires, once and from then on, as SQLite tests itself: sweep SHIM TARGET [CALL]
+ * (DISTILL_LONG_TESTS=1: every read too; else the first 12 and every eleventh)
  *
  * After each fault: the exit code is 0 or 4, never a core; a message names a file of the dataset; a run without faults ends in the bytes of a run that
  * never met one. A fault that can be worked around (EINTR, a short write or read) must be. Prints a line per kind: what, how often, lost. */
@@ -17,11 +17,27 @@ static char *base, *dir, *reference, *log_file, *errors;
 
 struct sweep { const char *call, *action; bool absorbed, killed, once /* a second name for the same path through the program: not from then on */; };
 static const struct sweep sweeps[] = {
-    {.call = "write", .action = "ENOSPC"}, {.call = "write", .action = "EDQUOT", .once = true}, {.call = "write", .action = "EIO"}, {.call = "write", .action = "short", .absorbed = true}, {.call = "write", .action = "EINTR", .absorbed = true, .once = true},
-    {.call = "fsync", .action = "EIO"},    {.call = "close", .action = "EIO"},    {.call = "rename", .action = "EIO"}, {.call = "rename", .action = "EXDEV", .once = true},
-    {.call = "open", .action = "EACCES"},  {.call = "open", .action = "EROFS", .once = true},   {.call = "mkdir", .action = "ENOSPC"}, {.call = "unlink", .action = "EIO"}, {.call = "ftruncate", .action = "EIO"},
-    {.call = "read", .action = "EIO"},     {.call = "read", .action = "short", .absorbed = true},    {.call = "read", .action = "EINTR", .absorbed = true, .once = true},
-    {.call = "change", .action = "kill", .killed = true},   {.call = "change", .action = "power", .killed = true},  {.call = "change", .action = "power-data", .killed = true}, {.call = "change", .action = "power-names", .killed = true},
+    {.call = "write", .action = "ENOSPC"},
+    {.call = "write", .action = "EDQUOT", .once = true},
+    {.call = "write", .action = "EIO", .once = true},
+    {.call = "write", .action = "short", .absorbed = true},
+    {.call = "write", .action = "EINTR", .absorbed = true, .once = true},
+    {.call = "fsync", .action = "EIO"},
+    {.call = "close", .action = "EIO"},
+    {.call = "rename", .action = "EIO"},
+    {.call = "rename", .action = "EXDEV", .once = true},
+    {.call = "open", .action = "EACCES"},
+    {.call = "open", .action = "EROFS", .once = true},
+    {.call = "mkdir", .action = "ENOSPC"},
+    {.call = "unlink", .action = "EIO"},
+    {.call = "ftruncate", .action = "EIO"},
+    {.call = "read", .action = "EIO"},
+    {.call = "read", .action = "short", .absorbed = true},
+    {.call = "read", .action = "EINTR", .absorbed = true, .once = true},
+    {.call = "change", .action = "kill", .killed = true},
+    {.call = "change", .action = "power", .killed = true},
+    {.call = "change", .action = "power-data", .killed = true},
+    {.call = "change", .action = "power-names", .killed = true},
 };
 
 static void die(const char *spec, const char *what, int status)
@@ -82,8 +98,9 @@ int main(int argc, char **argv)
     for (size_t i = 0; i < sizeof sweeps / sizeof *sweeps; i++) {
         const struct sweep *s = &sweeps[i];
         int tried = 0, refused = 0;
+        if (argc > 3 && strcmp(argv[3], s->call)) continue;
         for (int persistent = 0; persistent < (s->killed || s->once ? 1 : 2); persistent++)
-            for (int n = 1;; n += !long_run && n > 16 && !strcmp(s->call, "read") ? 7 : 1) {   /* there are many reads, of a few kinds */
+            for (int n = 1;; n += !long_run && n > 12 && !strcmp(s->call, "read") ? 11 : 1) {   /* there are many reads, of a few kinds */
                 char *spec = xasprintf("%s:%s@%d%s", s->call, s->action, n, persistent ? "+" : "");
                 unlink(log_file);
                 int status = run(spec);
