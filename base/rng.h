@@ -9,9 +9,11 @@
 
 #include "base/device.h"
 
+#define RNG_FUNCTION static inline HOST_DEVICE      /* the same words on a device */
+
 struct philox { uint32_t v[4]; };
 
-static inline HOST_DEVICE struct philox philox4x32(uint64_t key, uint64_t counter_hi, uint64_t counter_lo)
+RNG_FUNCTION struct philox philox4x32(uint64_t key, uint64_t counter_hi, uint64_t counter_lo)
 {
     uint32_t c0 = (uint32_t)counter_lo, c1 = (uint32_t)(counter_lo >> 32), c2 = (uint32_t)counter_hi, c3 = (uint32_t)(counter_hi >> 32);
     uint32_t k0 = (uint32_t)key, k1 = (uint32_t)(key >> 32);
@@ -26,11 +28,11 @@ static inline HOST_DEVICE struct philox philox4x32(uint64_t key, uint64_t counte
 }
 
 /* 32 random bits -> [0, 1) with 24 bits, never 1 */
-static inline float uniform_float(uint32_t bits) { return (float)(bits >> 8) * 0x1p-24f; }
+RNG_FUNCTION float uniform_float(uint32_t bits) { return (float)(bits >> 8) * 0x1p-24f; }
 /* 64 random bits -> [0, 1) with 53 bits */
-static inline double uniform_double(uint32_t hi, uint32_t lo) { return (double)((((uint64_t)hi << 32) | lo) >> 11) * 0x1p-53; }
+RNG_FUNCTION double uniform_double(uint32_t hi, uint32_t lo) { return (double)((((uint64_t)hi << 32) | lo) >> 11) * 0x1p-53; }
 /* two words -> one standard normal (Box-Muller) */
-static inline float normal_float(uint32_t a, uint32_t b)
+RNG_FUNCTION float normal_float(uint32_t a, uint32_t b)
 {
     double u = 1.0 - uniform_double(a, 0), v = uniform_double(b, 0);
     return (float)(sqrt(-2.0 * log(u)) * cos(6.283185307179586476925 * v));

@@ -75,7 +75,8 @@ void shard_writer_close(struct shard_writer *w);                   /* drops the 
 int64_t shard_writer_next_shard(const struct shard_writer *w);     /* first gap (of the range); shard_count() when there is none */
 int64_t shard_writer_rows_done(const struct shard_writer *w);      /* rows of the shards (of the range) that are made, by whomever, as far as this writer knows */
 /* Takes the first shard that is neither made nor being made by another writer, to be begun next. *shard = SHARD_NONE: every one is made;
- * SHARD_BUSY: others are making the rest, *busy of them, the first is claim_owner's: wait and call again, for a writer may die. */
+ * SHARD_BUSY: others are making the rest, *busy of them, the first is claim_owner's: wait and call again, for a writer may die. A writer may claim up to
+ * four ahead of sealing them; those count as made here. */
 enum { SHARD_NONE = -1, SHARD_BUSY = -2 };
 int  shard_writer_claim(struct shard_writer *w, int64_t *shard, int64_t *busy, const char **owner);
 int64_t shard_count(const struct shard_manifest *m);

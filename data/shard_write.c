@@ -17,6 +17,8 @@
 #include "base/file.h"
 #include "data/shard_internal.h"
 
+enum { MAX_CLAIMS = 4 };
+
 struct shard_writer {
     char *dir, *shards, id[SHA256_HEX];
     struct shard_manifest manifest;
@@ -26,7 +28,7 @@ struct shard_writer {
     int journal_fd;                   /* -1: a writer of a range, which leaves the journal alone */
     int64_t first, end;               /* shards that are its business */
     bool ranged, *made;               /* ranged: [end - first] shards of the range that have their name */
-    int64_t claimed;                  /* -1: none */
+    int64_t claimed[MAX_CLAIMS];      /* ahead of their sealing; -1: none */
     int64_t shard, put, targets;      /* shard in progress (-1: none), rows it has, supervised positions */
     uint8_t *field[SHARD_FIELDS];     /* its data, as large as the largest shard; ragged fields grow as needed */
     int64_t entries, room;            /* of the ragged fields: used, allocated */
@@ -255,7 +257,8 @@ static int writer_open(struct shard_writer **out, const char *dir, const struct 
     char *parent = path_join(dir, "..");
     struct shard_writer *w = xcalloc(1, sizeof *w);
     w->claims.fd = w->journal_fd = -1;
-    w->shard = w->claimed = -1;
+    w->shard = -1;
+    for (int i = 0; i < MAX_CLAIMS; i++) w->claimed[i] = -1;
     w->dir = xstrdup(dir);
     w->shards = path_join(dir, "shards");
     TRY(manifest_check(m, dir, ERR_USAGE));
@@ -327,18 +330,26 @@ int64_t shard_writer_rows_done(const struct shard_writer *w)
     return rows;
 }
 
+/* Where `shard` stands among the claims, -1: not there. Of shard -1: a free place. */
+static int claim_place(const struct shard_writer *w, int64_t shard)
+{
+    for (int i = 0; i < MAX_CLAIMS; i++) if (w->claimed[i] == shard) return i;
+    return -1;
+}
+
 int shard_writer_claim(struct shard_writer *w, int64_t *shard, int64_t *busy, const char **owner)
 {
     int rc = OK;
     bool taken = false;
-    CHECK(w->claimed < 0, "shard %lld is claimed already", (long long)w->claimed);
+    int place = claim_place(w, -1);
+    CHECK(place >= 0, "%d shards are claimed already", MAX_CLAIMS);
     TRY(claims_enter(&w->claims));
     rc = journal_catch_up(w);
     claims_leave(&w->claims);
     *shard = SHARD_NONE;
     *busy = 0;
     for (int64_t n = w->first; rc == OK && n < w->end; n++) {
-        if (is_made(w, n)) continue;
+        if (is_made(w, n) || claim_place(w, n) >= 0) continue;
         TRY(claim_take(&w->claims, n, &taken));
         if (!taken) {
             if (!(*busy)++) *owner = claim_owner(&w->claims, n);
@@ -346,7 +357,7 @@ int shard_writer_claim(struct shard_writer *w, int64_t *shard, int64_t *busy, co
         }
         rc = shard_settle(w, n);
         if (rc != OK || is_made(w, n)) { claim_drop(&w->claims, n); continue; }
-        *shard = w->claimed = n;
+        *shard = w->claimed[place] = n;
         goto out;
     }
     if (*busy) *shard = SHARD_BUSY;
@@ -354,10 +365,12 @@ out:
     return rc;
 }
 
-static void claim_end(struct shard_writer *w)
+static void claim_end(struct shard_writer *w, int64_t shard)
 {
-    if (w->claimed >= 0) claim_drop(&w->claims, w->claimed);
-    w->claimed = -1;
+    int place = claim_place(w, shard);
+    if (place < 0) return;
+    claim_drop(&w->claims, shard);
+    w->claimed[place] = -1;
 }
 
 /* ---- collecting ---- */
@@ -366,13 +379,15 @@ int shard_writer_begin(struct shard_writer *w, int64_t shard)
 {
     if (w->failed) return fail(ERR_IO, "%s: a shard could not be sealed before; start again so that the directory is checked", w->dir);
     CHECK(shard >= w->first && shard < w->end && !is_made(w, shard), "shard %lld cannot be begun", (long long)shard);
-    if (w->claimed != shard) {
+    if (w->shard >= 0 && w->shard != shard) claim_end(w, w->shard);      /* given up unsealed */
+    if (claim_place(w, shard) < 0) {
         bool taken;
-        claim_end(w);
+        int place = claim_place(w, -1);
+        CHECK(place >= 0, "%d shards are claimed already", MAX_CLAIMS);
         int rc = claim_take(&w->claims, shard, &taken);
         if (rc != OK) return rc;
         if (!taken) return fail(ERR_IO, "%s: another process is writing shard %lld (%s); wait for it or stop it", w->dir, (long long)shard, claim_owner(&w->claims, shard));
-        w->claimed = shard;
+        w->claimed[place] = shard;
     }
     for (int f = 0; f < SHARD_FIELDS; f++) {
         size_t bytes = (size_t)(w->manifest.rows_per_shard * w->layout[f].row_bytes);
@@ -702,8 +717,8 @@ out:
         fail_in(rc, "shard %lld of %s (%zu bytes) is not sealed", (long long)w->shard, w->dir, shard_bytes(&w->manifest, w->shard));
         w->failed = true;
     }
+    claim_end(w, w->shard);
     w->shard = -1;
-    claim_end(w);
     free(path);
     free(tmp);
     return rc;

@@ -111,7 +111,8 @@ struct adamw_args {                     /* Loshchilov & Hutter 2019, algorithm 2
 };
 
 /* The largest of each size that ops will be called with. */
-struct op_limits { int64_t N, C, F, V, chunk_rows, max_doc; int Hq, Hkv, D, K; };
+struct op_limits { int64_t N, C, F, V, chunk_rows, max_doc; int Hq, Hkv, D, K; bool backward; };
+enum { STREAM_SLOTS = 4 };
 
 struct ops {
     /* ---- memory ---- */
@@ -126,7 +127,26 @@ struct ops {
     void (*fill_zero)(struct backend *be, void *p, size_t bytes);
     void (*copy)(struct backend *be, void *to, const void *from, size_t bytes);
     void (*sync)(struct backend *be);
+    /* Host memory that copies reach at full speed (pinned on CUDA), 256-byte aligned; NULL when there is no room. */
+    void *(*alloc_host)(struct backend *be, size_t bytes);
+    void (*release_host)(struct backend *be, void *p);
+    /* In the order of the ops, without waiting: to_host, from alloc_host, holds the bytes once a later mark has passed. */
+    void (*download_async)(struct backend *be, void *to_host, const void *from, size_t bytes);
+    /* A mark remembers a point in the order of the ops; places are small numbers that the caller hands out and reuses. wait_mark: the host waits until the
+     * device has passed it; another thread may, while this one goes on. seconds_between: device time from mark i to mark j, both passed. */
+    void (*mark)(struct backend *be, int place);
+    void (*wait_mark)(struct backend *be, int place);
+    double (*seconds_between)(struct backend *be, int i, int j);
+    /* Copies beside the ops, into one of STREAM_SLOTS places of device memory: stream_in starts as soon as the ops before the slot's last stream_free() are done
+     * and returns at once; ops after stream_ready() see the bytes. from_host, from alloc_host, stays as it is until then. */
+    void (*stream_in)(struct backend *be, int slot, void *to, const void *from_host, size_t bytes);
+    void (*stream_ready)(struct backend *be, int slot);
+    void (*stream_free)(struct backend *be, int slot);
     size_t (*scratch_bytes)(struct backend *be, const struct op_limits *limits);
+
+    /* x[i] = mean + std * normal(seed, first + i), i < count: Philox words 0 and 1 at counter (1, first + i) through Box-Muller (base/rng.h), so that the weights of a
+     * model are a function of (seed, element) on every device. */
+    void (*random_normal)(struct backend *be, act *x, int64_t count, float mean, float std, uint64_t seed, int64_t first);
 
     /* ---- the model ---- */
     void (*embed_forward)(struct backend *be, act *x, const int32_t *tokens, const act *table, int64_t N, int64_t C);      /* x (N,C), table (V,C) */

@@ -19,7 +19,7 @@ struct config {
     /* run */
     char *run_dir; char *run_device; int64_t run_threads, run_seed; bool run_resume;
     /* teacher */
-    char *teacher_path;
+    char *teacher_path, *teacher_weights;
     /* student */
     char *student_init, *student_path, *student_config; int64_t student_keep_every;
     /* tokenizer */

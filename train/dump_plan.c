@@ -156,7 +156,7 @@ struct measurement {
     void *scratch; size_t scratch_bytes;      /* the teacher's */
     float *teacher, *own, *bias;              /* [WINDOW, V] logits; the stand-in's preference for ids [Vv] */
     struct plan_sums sums;
-    double seconds; int64_t positions;
+    struct batch *batch;
 };
 
 static void scratch_restore(struct measurement *x)
@@ -240,34 +240,31 @@ static void add_window(struct measurement *x, int64_t first, int64_t count, int6
     free(part);
 }
 
-static int measure_batch(struct measurement *x, int64_t row, bool timed)
+/* Some positions of the batch that begins with this row. */
+static void sample_batch(struct measurement *x, int64_t row)
 {
     const struct dump_plan *p = x->p;
-    int64_t positions;
-    double begin = now_seconds();
-    int rc = p->compute(p->context, row, &positions);
-    if (rc != OK) return rc;
-    p->model->be->ops->sync(p->model->be);
-    if (timed) {
-        x->seconds += now_seconds() - begin;
-        x->positions += positions;
-    }
+    int64_t L = p->rows->length;
+    x->batch->rows = p->rows->rows - row < p->batch_rows ? p->rows->rows - row : p->batch_rows;
+    for (int64_t r = 0; r < x->batch->rows; r++) batch_set_row(x->batch, r, p->rows->tokens + (row + r) * L, p->rows->loss_mask + (row + r) * L, p->rows->document + (row + r) * L);
+    batch_finish(x->batch);
+    model_set_batch(p->model, x->batch);
+    model_forward(p->model);
     if (x->student_model) {
-        model_set_batch(x->student_model, p->batch);
+        model_set_batch(x->student_model, x->batch);
         model_forward(x->student_model);
     }
     for (int w = 0; w < WINDOWS; w++) {
-        int64_t first = positions * w / WINDOWS, count = positions - first < WINDOW ? positions - first : WINDOW;
+        int64_t first = x->batch->n * w / WINDOWS, count = x->batch->n - first < WINDOW ? x->batch->n - first : WINDOW;
         if (count > p->model->o.head_rows) count = p->model->o.head_rows;
-        add_window(x, first, count, row * p->rows->length);
+        add_window(x, first, count, row * L);
     }
-    return OK;
 }
 
 int dump_plan_measure(const struct dump_plan *p)
 {
     struct measurement x = {.p = p};
-    int64_t V = p->model->c->vocab_size, batch_rows = p->c->dump_batch_rows, batches = p->rows->rows / batch_rows < BATCHES ? (p->rows->rows + batch_rows - 1) / batch_rows : BATCHES;
+    int64_t V = p->model->c->vocab_size, batch_rows = p->batch_rows, batches = p->rows->rows / batch_rows < BATCHES ? (p->rows->rows + batch_rows - 1) / batch_rows : BATCHES;
     int rc = OK;
     TRY(student_add(&x));
     int64_t Vs = x.student_model ? x.student_model->c->vocab_size : V;
@@ -278,15 +275,20 @@ int dump_plan_measure(const struct dump_plan *p)
         struct philox r = philox4x32((uint64_t)p->c->run_seed, 0, (uint64_t)v);
         x.bias[v] = 0.7f * normal_float(r.v[0], r.v[1]);
     }
-    for (int64_t b = 0; b < batches; b++) TRY(measure_batch(&x, p->rows->rows * b / batches, b > 0 || batches == 1));   /* the first one warms up */
-    double rate = (double)x.positions / x.seconds;
-    printf("rate      %.0f tok/s over %lld positions: %s for the %.3gM tokens that are missing, %.3g hours\n", rate, (long long)x.positions, duration_text((double)p->tokens_missing / rate),
-           (double)p->tokens_missing / 1e6, (double)p->tokens_missing / rate / 3600);
+    x.batch = batch_new(batch_rows, p->rows->length, NULL, false);
+    for (int64_t b = 0; b < batches; b++) sample_batch(&x, p->rows->rows * b / batches);
+    int64_t rows = batches * batch_rows < p->rows->rows ? batches * batch_rows : p->rows->rows;
+    double begin = now_seconds();                                 /* the model is warm by now */
+    TRY(p->passes(p->context, 0, rows));
+    double rate = (double)(rows * p->rows->length) / (now_seconds() - begin);
+    printf("rate      %.0f tok/s over %lld positions: %s for the %.3gM tokens of the corpus, %.3g hours\n", rate, (long long)(rows * p->rows->length), duration_text((double)p->tokens / rate),
+           (double)p->tokens / 1e6, (double)p->tokens / rate / 3600);
     print_table(p, &x.sums, x.student_model ? p->c->student_path : "a stand-in, the teacher's logits + 0.7 normal per id + 0.5 normal per id and position");
 out:
     free(x.teacher);
     free(x.own);
     free(x.bias);
+    batch_free(x.batch);
     scratch_restore(&x);
     model_free(x.student_model);
     memory_plan_free(x.memory);

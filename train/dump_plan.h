@@ -30,9 +30,9 @@ struct dump_plan {
     struct model *model;                      /* the teacher, loaded */
     const struct corpus_rows *rows;
     const struct shard_manifest *manifest;
-    int64_t tokens_missing;                   /* over both datasets */
-    struct batch *batch;                      /* what compute fills */
-    int (*compute)(void *context, int64_t first_row, int64_t *positions);   /* one batch of the dump, from this row on; it stays in the model */
+    int64_t tokens;                           /* of both datasets */
+    int64_t batch_rows;
+    int (*passes)(void *context, int64_t first_row, int64_t rows);   /* these rows through the dump as it is, but for the writing */
     void *context;
 };
 /* Runs a few batches and prints the rate and the table. */

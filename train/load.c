@@ -30,7 +30,7 @@ void model_files_close(struct model_files *f)
     free(f);
 }
 
-int model_files_load(const struct model_files *f, struct model *m) { return params_load(m->params, m->be, m->weights, f->tensors, f->path, NULL); }
+int model_files_load(const struct model_files *f, struct model *m) { return model_load_weights(m, f->tensors, f->path, NULL); }
 
 int64_t valid_vocab(const struct model_config *c, const struct tokenizer *t)
 {

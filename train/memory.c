@@ -8,7 +8,7 @@
 enum { ALIGN = 256, MAX_ROWS = 32 };
 
 struct slot { void **address; int row; size_t bytes, offset; };
-struct row { const char *name, *key; size_t bytes; void *block; };
+struct row { const char *name, *key; size_t bytes; void *block; bool on_host; };
 
 struct memory_plan {
     struct backend *be;
@@ -27,7 +27,7 @@ struct memory_plan *memory_plan_new(struct backend *be)
 void memory_plan_free(struct memory_plan *m)
 {
     if (!m) return;
-    for (int i = 0; i < m->n_rows; i++) if (m->row[i].block) m->be->ops->release(m->be, m->row[i].block);
+    for (int i = 0; i < m->n_rows; i++) if (m->row[i].block) (m->row[i].on_host ? m->be->ops->release_host : m->be->ops->release)(m->be, m->row[i].block);
     free(m->slot);
     free(m);
 }
@@ -47,6 +47,12 @@ void memory_add_slot(struct memory_plan *m, const char *name, const char *key, v
     *address = NULL;
 }
 
+void memory_add_host_slot(struct memory_plan *m, const char *name, const char *key, void **address, size_t bytes)
+{
+    memory_add_slot(m, name, key, address, bytes);
+    m->row[m->slot[m->n_slots - 1].row].on_host = true;
+}
+
 void memory_add_scratch(struct memory_plan *m, size_t bytes)
 {
     for (int i = 0; i < m->n_slots; i++)
@@ -62,7 +68,7 @@ void memory_add_scratch(struct memory_plan *m, size_t bytes)
 size_t memory_total(const struct memory_plan *m)
 {
     size_t total = 0;
-    for (int i = 0; i < m->n_rows; i++) total += m->row[i].bytes;
+    for (int i = 0; i < m->n_rows; i++) if (!m->row[i].on_host) total += m->row[i].bytes;
     return total;
 }
 
@@ -72,13 +78,15 @@ int memory_commit(struct memory_plan *m, size_t limit)
     int64_t available = m->be->ops->available(m->be);
     if (!limit || (int64_t)limit > available) limit = (size_t)available;
     const struct row *largest = &m->row[0];
-    for (int i = 1; i < m->n_rows; i++) if (m->row[i].bytes > largest->bytes) largest = &m->row[i];
+    for (int i = 1; i < m->n_rows; i++) if (!m->row[i].on_host && (largest->on_host || m->row[i].bytes > largest->bytes)) largest = &m->row[i];
     if (total > limit)
         return fail(ERR_IO, "device %s: the run needs %.2f GiB and may use %.2f GiB; the largest part is %s with %.2f GiB: make %s smaller",
                     m->be->name, (double)total / 0x1p30, (double)limit / 0x1p30, largest->name, (double)largest->bytes / 0x1p30, largest->key);
     for (int i = 0; i < m->n_rows; i++) {
         if (!m->row[i].bytes) continue;
-        m->row[i].block = m->be->ops->alloc(m->be, m->row[i].bytes);
+        m->row[i].block = (m->row[i].on_host ? m->be->ops->alloc_host : m->be->ops->alloc)(m->be, m->row[i].bytes);
+        if (!m->row[i].block && m->row[i].on_host)
+            return fail(ERR_IO, "no %.2f GiB of host memory for %s that device %s can copy from; free some, or raise the locked-memory limit", (double)m->row[i].bytes / 0x1p30, m->row[i].name, m->be->name);
         if (!m->row[i].block)
             return fail(ERR_IO, "device %s: no memory for %s (%.2f GiB); make %s smaller", m->be->name, m->row[i].name, (double)m->row[i].bytes / 0x1p30, m->row[i].key);
     }
@@ -93,6 +101,7 @@ void memory_print(const struct memory_plan *m, FILE *f)
     size_t total = memory_total(m);
     fprintf(f, "memory on %s\n", m->be->name);
     for (int i = 0; i < m->n_rows; i++)
-        fprintf(f, "  %-28s %9.3f GiB  %5.1f %%   %s\n", m->row[i].name, (double)m->row[i].bytes / 0x1p30, total ? 100.0 * (double)m->row[i].bytes / (double)total : 0, m->row[i].key);
+        if (m->row[i].on_host) fprintf(f, "  %-28s %9.3f GiB  on the host   %s\n", m->row[i].name, (double)m->row[i].bytes / 0x1p30, m->row[i].key);
+        else fprintf(f, "  %-28s %9.3f GiB  %5.1f %%   %s\n", m->row[i].name, (double)m->row[i].bytes / 0x1p30, total ? 100.0 * (double)m->row[i].bytes / (double)total : 0, m->row[i].key);
     fprintf(f, "  %-28s %9.3f GiB\n", "total", (double)total / 0x1p30);
 }

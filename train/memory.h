@@ -16,6 +16,10 @@ void memory_plan_free(struct memory_plan *m);            /* releases the memory 
 #define memory_add(m, row, key, slot, bytes) memory_add_slot(m, row, key, (void **)(slot), bytes)
 void memory_add_slot(struct memory_plan *m, const char *row, const char *key, void **slot, size_t bytes);
 
+/* Host memory that copies reach at full speed; rows of its own, outside memory_total() and the limit. */
+#define memory_add_host(m, row, key, slot, bytes) memory_add_host_slot(m, row, key, (void **)(slot), bytes)
+void memory_add_host_slot(struct memory_plan *m, const char *row, const char *key, void **slot, size_t bytes);
+
 /* The scratch arena of the plan's backend: the largest of the calls counts. */
 void memory_add_scratch(struct memory_plan *m, size_t bytes);
 

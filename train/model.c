@@ -7,7 +7,17 @@
 #include "base/error.h"
 
 static act *rows_at(const struct model *m, act *x, int64_t row, int64_t width) { return (act *)((char *)x + (size_t)(row * width) * dtype_width(m->be->act_dtype)); }
-static act *W(const struct model *m, const struct param *p) { return weight_at(m->be, m->weights, p); }
+/* elements of a block in the table, padding included */
+static int64_t block_begin(const struct model *m, int l) { return l < m->c->n_layers ? m->params->layer[l].attn_norm->offset : m->params->norm->offset; }
+
+static act *W(const struct model *m, const struct param *p)
+{
+    bool on_host;
+    if (!p) return NULL;
+    if (m->o.layer_slots && p->layer >= 0)
+        return (act *)((char *)m->slot[m->entered % m->o.layer_slots] + (size_t)(p->offset - block_begin(m, p->layer)) * dtype_width(m->be->act_dtype));
+    return weight_home_at(m->be, &m->home, p->offset, &on_host);
+}
 static grad *G(const struct model *m, const struct param *p) { return grad_at(m->be, m->grads, p); }
 
 /* ---- memory ---- */
@@ -39,8 +49,12 @@ static void plan_layer(struct model *m, struct planner *p, int l)
         plan_float(p, &a->rstd_attn, 1);
         plan_float(p, &a->rstd_mlp, 1);
     }
-    if (own_ffn) plan_act(p, &a->gate_up, 2 * F);
-    if (own_cheap) { plan_act(p, &a->norm_attn, C); plan_act(p, &a->norm_mlp, C); plan_act(p, &a->h, F); }
+    if (own_cheap) plan_act(p, &a->norm_attn, C);
+    if (own_cheap && m->o.train) plan_act(p, &a->norm_mlp, C);
+    struct planner ffn = *p;
+    ffn.N = m->o.ffn_rows;
+    if (own_ffn) plan_act(&ffn, &a->gate_up, 2 * F);
+    if (own_cheap) plan_act(&ffn, &a->h, F);
 }
 
 /* Slots are addresses that memory_commit() fills, so layers that share layer 0's buffers copy the pointers afterwards. */
@@ -52,7 +66,14 @@ static void share_layers(struct model *m)
         SHARE(res_attn); SHARE(norm_attn); SHARE(qkv_raw); SHARE(q); SHARE(k); SHARE(v); SHARE(att); SHARE(res_mlp); SHARE(norm_mlp);
         SHARE(gate_up); SHARE(h); SHARE(rstd_attn); SHARE(rstd_mlp); SHARE(rstd_qk); SHARE(lse);
 #undef SHARE
-        if (!m->o.train) a->res_mlp = a->res_attn;          /* one residual buffer, added to in place */
+        if (!m->o.train) {                                  /* one residual buffer, added to in place, and one for what the norms write */
+            a->res_mlp = a->res_attn;
+            a->norm_mlp = a->norm_attn;
+        }
+    }
+    if (!m->o.train) {
+        m->res_final = m->acts[0].res_attn;
+        m->hidden = m->acts[0].norm_attn;
     }
 }
 
@@ -62,13 +83,23 @@ struct model *model_new(struct backend *be, const struct model_config *c, const 
     m->be = be;
     m->c = c;
     m->o = *o;
+    if (!o->ffn_rows || o->ffn_rows > o->N) m->o.ffn_rows = o->N;
+    CHECK(!o->train || (m->o.ffn_rows == o->N && !o->layer_slots), "a model that trains keeps its activations and its weights");
     m->params = params_new(c);
     m->acts = xcalloc((size_t)c->n_layers, sizeof *m->acts);
     size_t act_width = dtype_width(be->act_dtype);
     int64_t C = c->hidden_size, q = c->n_heads * c->head_dim, kv = c->n_kv_heads * c->head_dim;
     const char *batch_key = o->train ? "train.micro_rows or corpus.row_length" : "the rows per pass or the row length";
 
-    memory_add(plan, o->train ? "student weights" : "weights", "the model", &m->weights, (size_t)m->params->total * act_width);
+    int64_t blocks = block_begin(m, c->n_layers) - block_begin(m, 0), block = blocks / c->n_layers;
+    if (o->layer_slots) {
+        CHECK(o->layer_slots >= 2 && o->layer_slots <= STREAM_SLOTS, "%d places for streamed blocks", o->layer_slots);
+        m->home.begin = block_begin(m, 0);
+        m->home.end = block_begin(m, c->n_layers);
+        memory_add_host(plan, "blocks in host memory", "the model", &m->home.host, (size_t)blocks * act_width);
+        for (int i = 0; i < o->layer_slots; i++) memory_add(plan, "blocks on the device", "the model", &m->slot[i], (size_t)block * act_width);
+    }
+    memory_add(plan, o->train ? "student weights" : "weights", "the model", &m->weights, (size_t)(m->params->total - (o->layer_slots ? blocks : 0)) * act_width);
     if (o->train) memory_add(plan, "gradients", "the model", &m->grads, (size_t)m->params->total * dtype_width(be->grad_dtype));
     size_t rope = (size_t)o->max_doc * (size_t)(c->head_dim / 2) * sizeof(float);
     memory_add(plan, "batch and tables", batch_key, &m->rope_cos, rope);
@@ -83,10 +114,10 @@ struct model *model_new(struct backend *be, const struct model_config *c, const 
     p.row = "activations outside layers";
     plan_act(&p, &m->qkv, q + 2 * kv);
     plan_act(&p, &m->block_out, C);
-    plan_act(&p, &m->res_final, C);
-    plan_act(&p, &m->hidden, C);
     plan_float(&p, &m->rstd_final, 1);
     if (o->train) {
+        plan_act(&p, &m->res_final, C);
+        plan_act(&p, &m->hidden, C);
         plan_act(&p, &m->d_hidden, C);
         plan_act(&p, &m->d_norm, C);
         plan_act(&p, &m->d_att, q);
@@ -121,7 +152,7 @@ size_t model_scratch_bytes(const struct model *m, int k)
 {
     const struct model_config *c = m->c;
     struct op_limits limits = {.N = m->o.N, .C = c->hidden_size, .F = c->intermediate_size, .V = c->vocab_size, .chunk_rows = m->o.head_rows,
-                               .max_doc = m->o.max_doc, .Hq = c->n_heads, .Hkv = c->n_kv_heads, .D = c->head_dim, .K = k};
+                               .max_doc = m->o.max_doc, .Hq = c->n_heads, .Hkv = c->n_kv_heads, .D = c->head_dim, .K = k, .backward = m->o.train};
     return m->be->ops->scratch_bytes(m->be, &limits);
 }
 
@@ -145,7 +176,19 @@ void model_ready(struct model *m)
     free(inv_freq);
     free(cosine);
     free(sine);
+    m->home.device = m->weights;
     share_layers(m);
+}
+
+void model_random_weights(struct model *m, uint64_t seed)
+{
+    int64_t block = (m->home.end - m->home.begin) / m->c->n_layers;
+    weights_random(m->params, m->be, &m->home, seed, m->slot[0], block);
+}
+
+int model_load_weights(struct model *m, const struct tensor_set *set, const char *where, const int *layer_of)
+{
+    return weights_load(m->params, m->be, &m->home, set, where, layer_of);
 }
 
 void model_set_batch(struct model *m, const struct batch *b)
@@ -201,9 +244,35 @@ static void block_forward(struct model *m, int l, const act *x, const act *r)
     op->rmsnorm_forward(m->be, a->norm_attn, a->rstd_attn, r ? a->res_attn : NULL, x, r, W(m, p->attn_norm), N, C, c->rms_norm_eps);
     attention_forward(m, l);
     op->rmsnorm_forward(m->be, a->norm_mlp, a->rstd_mlp, a->res_mlp, a->res_attn, m->block_out, W(m, p->mlp_norm), N, C, c->rms_norm_eps);
-    op->linear_forward(m->be, a->gate_up, a->norm_mlp, W(m, p->w_gate_up), W(m, p->b_gate_up), N, C, 2 * F);
-    op->swiglu_forward(m->be, a->h, a->gate_up, N, F);
-    op->linear_forward(m->be, m->block_out, a->h, W(m, p->w_down), W(m, p->b_down), N, F, C);
+    for (int64_t first = 0; first < N; first += m->o.ffn_rows) {       /* one turn where activations are kept */
+        int64_t rows = N - first < m->o.ffn_rows ? N - first : m->o.ffn_rows;
+        op->linear_forward(m->be, a->gate_up, rows_at(m, a->norm_mlp, first, C), W(m, p->w_gate_up), W(m, p->b_gate_up), rows, C, 2 * F);
+        op->swiglu_forward(m->be, a->h, a->gate_up, rows, F);
+        op->linear_forward(m->be, rows_at(m, m->block_out, first, C), a->h, W(m, p->w_down), W(m, p->b_down), rows, F, C);
+    }
+}
+
+/* Streamed blocks: block n is layer n mod L. Asked for as far ahead as there are places, around the end of the pass into the next. */
+static void block_ask(struct model *m)
+{
+    int L = m->c->n_layers, slot = (int)(m->streamed % m->o.layer_slots);
+    size_t bytes = (size_t)(m->home.end - m->home.begin) / (size_t)L * dtype_width(m->be->act_dtype);
+    m->be->ops->stream_in(m->be, slot, m->slot[slot], (const char *)m->home.host + (size_t)(m->streamed % L) * bytes, bytes);
+    m->streamed++;
+}
+
+static void block_enter(struct model *m)
+{
+    if (!m->o.layer_slots) return;
+    while (m->streamed < m->entered + m->o.layer_slots) block_ask(m);
+    m->be->ops->stream_ready(m->be, (int)(m->entered % m->o.layer_slots));
+}
+
+static void block_leave(struct model *m)
+{
+    if (!m->o.layer_slots) return;
+    m->be->ops->stream_free(m->be, (int)(m->entered % m->o.layer_slots));
+    m->entered++;
 }
 
 /* Brings back what the policy dropped, by the same ops on the same inputs. */
@@ -262,8 +331,11 @@ void model_forward(struct model *m)
     const struct ops *op = m->be->ops;
     const struct model_config *c = m->c;
     op->embed_forward(m->be, m->acts[0].res_attn, m->tokens, W(m, m->params->embed), m->n, c->hidden_size);
-    block_forward(m, 0, m->acts[0].res_attn, NULL);
-    for (int l = 1; l < c->n_layers; l++) block_forward(m, l, m->acts[l - 1].res_mlp, m->block_out);
+    for (int l = 0; l < c->n_layers; l++) {
+        block_enter(m);
+        block_forward(m, l, l ? m->acts[l - 1].res_mlp : m->acts[0].res_attn, l ? m->block_out : NULL);
+        block_leave(m);
+    }
     op->rmsnorm_forward(m->be, m->hidden, m->rstd_final, m->res_final, m->acts[c->n_layers - 1].res_mlp, m->block_out, W(m, m->params->norm),
                         m->n, c->hidden_size, c->rms_norm_eps);
 }

@@ -10,6 +10,7 @@
 #include "kernels/backend.h"
 #include "train/memory.h"
 #include "train/params.h"
+#include "train/weights.h"
 
 /* What the backward finds kept from the forward; the rest is computed again from it, bit for bit the same. */
 enum recompute { RECOMPUTE_NONE, RECOMPUTE_SWIGLU_NORM, RECOMPUTE_FFN, RECOMPUTE_BLOCK };
@@ -38,6 +39,8 @@ struct model_options {
     bool train;               /* gradients and activations for a backward */
     enum recompute recompute;
     bool cache;               /* generation: a KV cache of max_doc positions instead of packed attention */
+    int64_t ffn_rows;         /* inference: positions that pass through the MLP at a time, its buffers being the widest; 0: all N */
+    int layer_slots;          /* inference: 0: blocks are resident; 2 .. STREAM_SLOTS: they are streamed from host memory through so many places */
 };
 
 struct model {
@@ -45,7 +48,9 @@ struct model {
     const struct model_config *c;
     struct params *params;
     struct model_options o;
-    act *weights; grad *grads;
+    act *weights; grad *grads;            /* weights: all of the table, or of a streamed model what is not in blocks */
+    struct weight_home home;
+    act *slot[STREAM_SLOTS]; int64_t streamed, entered;   /* streamed: blocks asked for and blocks begun since the start; block n is layer n mod L in slot n mod layer_slots */
     float *rope_cos, *rope_sin;           /* (max_doc, D/2) */
     struct layer_acts *acts;              /* [L] */
     act *qkv, *block_out;                 /* scratch (N, W), (N, C) */
@@ -61,6 +66,8 @@ struct model {
 /* Binds a model to a backend and announces its memory; usable after memory_commit() and model_ready(). Borrows `c`. */
 struct model *model_new(struct backend *be, const struct model_config *c, const struct model_options *o, struct memory_plan *plan);
 void model_ready(struct model *m);        /* after the commit: fills the rotary table */
+void model_random_weights(struct model *m, uint64_t seed);      /* N(0, initializer_range) and so on: params_init */
+int  model_load_weights(struct model *m, const struct tensor_set *set, const char *where, const int *layer_of);   /* params_match's refusals */
 void model_free(struct model *m);         /* NULL-safe; its memory belongs to the plan */
 size_t model_scratch_bytes(const struct model *m, int k);   /* what ops need for this model with k targets per token */
 

@@ -35,6 +35,8 @@ const struct option options[] = {
     SWITCH("run.resume", run_resume, "false", T, "go on from the last checkpoint in run.dir, as --resume does"),
 
     TEXT  ("teacher.path", teacher_path, "", D | T | E | B | I, "Hugging Face directory of the teacher"),
+    CHOICE("teacher.weights", teacher_weights, "auto", "auto|resident|streamed", NULL, D | B,
+           "streamed: blocks wait in host memory and come onto the device one after another while it computes; auto: streamed where the device cannot hold them all"),
 
     CHOICE("student.init", student_init, "hf", "hf|checkpoint|scratch|teacher", NULL, D | T,
            "first weights: a Hugging Face directory, a checkpoint, random by student.config, or layers of the teacher"),
@@ -68,8 +70,8 @@ const struct option options[] = {
     SWITCH("shards.follow", shards_follow, "false", T, "train while the dump is still running: wait for shards that are not there yet"),
     REAL  ("shards.wait_s", shards_wait_s, "0", 0, 1e9, T, "shards.follow: give up after this many seconds without a new shard; 0: never"),
 
-    WHOLE ("dump.batch_rows", dump_batch_rows, "4", 1, 65536, D | B, "rows of one forward pass of the teacher"),
-    WHOLE ("dump.chunk_tokens", dump_chunk_tokens, "512", 1, 1048576, D | B, "positions whose logits exist at one time"),
+    WHOLE ("dump.batch_rows", dump_batch_rows, "0", 0, 65536, D | B, "rows of one forward pass of the teacher; 0: what the device's memory and the streaming of weights ask for"),
+    WHOLE ("dump.chunk_tokens", dump_chunk_tokens, "1024", 1, 1048576, D | B, "positions whose logits exist at one time"),
 
     CHOICE("objective.divergence", objective_divergence, "forward_kl", "forward_kl|reverse_kl|jsd|skew_kl|tvd", NULL, T, "distance from teacher to student"),
     CHOICE("objective.tail", objective_tail, "bucket", "bucket|renormalise|drop", NULL, T, "teacher mass outside the K: one extra outcome, spread over the K (biased), dropped (biased)"),

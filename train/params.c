@@ -5,7 +5,6 @@
 #include <string.h>
 
 #include "base/error.h"
-#include "base/rng.h"
 
 static int64_t align(int64_t n) { return (n + PARAM_ALIGN - 1) / PARAM_ALIGN * PARAM_ALIGN; }
 
@@ -104,20 +103,10 @@ enum { STAGE = 1 << 20 };   /* floats moved at a time */
 
 void params_init(const struct params *t, struct backend *be, act *weights, uint64_t seed)
 {
-    float *stage = xmalloc(STAGE * sizeof *stage);
     for (int i = 0; i < t->n; i++) {
         const struct param *p = &t->p[i];
-        for (int64_t first = 0; first < p->count; first += STAGE) {
-            int64_t n = p->count - first < STAGE ? p->count - first : STAGE;
-            #pragma omp parallel for schedule(static)
-            for (int64_t j = 0; j < n; j++) {
-                struct philox r = philox4x32(seed, 1, (uint64_t)(p->offset + first + j));
-                stage[j] = p->init_std > 0 ? p->init_mean + p->init_std * normal_float(r.v[0], r.v[1]) : p->init_mean;
-            }
-            be->ops->upload_act(be, element(be, weights, p->offset + first), stage, n);
-        }
+        be->ops->random_normal(be, element(be, weights, p->offset), p->count, p->init_mean, p->init_std, seed, p->offset);
     }
-    free(stage);
 }
 
 static int check_shape(const struct tensor_view *v, const struct param *p, const struct param_part *part, const char *where)
@@ -147,10 +136,11 @@ static bool is_skipped_layer(const struct params *t, const char *name, const int
     return true;
 }
 
-int params_load(const struct params *t, struct backend *be, act *weights, const struct tensor_set *set, const char *where, const int *layer_of)
+static bool holds_weights(enum dtype d) { return d == DTYPE_F32 || d == DTYPE_F16 || d == DTYPE_BF16; }
+
+int params_match(const struct params *t, const struct tensor_set *set, const char *where, const int *layer_of, params_take *take, void *context)
 {
     int rc = OK, n_tensors = tensor_set_count(set);
-    float *stage = xmalloc(STAGE * sizeof *stage);
     bool *used = xcalloc((size_t)n_tensors, sizeof *used);
     for (int i = 0; i < t->n; i++)
         for (int j = 0; j < t->p[i].n_parts; j++) {
@@ -166,11 +156,8 @@ int params_load(const struct params *t, struct backend *be, act *weights, const 
             const struct tensor_view *v = tensor_set_find(set, name);
             if (!v) { rc = fail(ERR_INPUT, "%s: tensor %s is missing; config.json asks for it", where, name); goto out; }
             TRY(check_shape(v, p, part, where));
-            for (int64_t first = 0; first < v->count; first += STAGE) {
-                int64_t n = v->count - first < STAGE ? v->count - first : STAGE;
-                if ((rc = tensor_to_float(v, first, n, stage)) != OK) { fail_in(rc, "%s", where); goto out; }
-                be->ops->upload_act(be, element(be, weights, p->offset + part->row * p->cols + first), stage, n);
-            }
+            if (!holds_weights(v->dtype)) { rc = fail(ERR_INPUT, "%s: tensor %s has type %s; weights are read from F32, F16 and BF16", where, v->name, dtype_name(v->dtype)); goto out; }
+            TRY(take(context, v, p->offset + part->row * p->cols));
             for (int k = 0; k < n_tensors; k++) if (tensor_set_at(set, k) == v) used[k] = true;
         }
     for (int k = 0; k < n_tensors; k++) {
@@ -187,7 +174,28 @@ int params_load(const struct params *t, struct backend *be, act *weights, const 
         goto out;
     }
 out:
-    free(stage);
     free(used);
+    return rc;
+}
+
+struct plain_load { struct backend *be; act *weights; float *stage; const char *where; };
+
+static int load_tensor(void *context, const struct tensor_view *v, int64_t offset)
+{
+    struct plain_load *l = context;
+    for (int64_t first = 0; first < v->count; first += STAGE) {
+        int64_t n = v->count - first < STAGE ? v->count - first : STAGE;
+        int rc = tensor_to_float(v, first, n, l->stage);
+        if (rc != OK) return fail_in(rc, "%s", l->where);
+        l->be->ops->upload_act(l->be, element(l->be, l->weights, offset + first), l->stage, n);
+    }
+    return OK;
+}
+
+int params_load(const struct params *t, struct backend *be, act *weights, const struct tensor_set *set, const char *where, const int *layer_of)
+{
+    struct plain_load l = {be, weights, xmalloc(STAGE * sizeof *l.stage), where};
+    int rc = params_match(t, set, where, layer_of, load_tensor, &l);
+    free(l.stage);
     return rc;
 }

@@ -48,9 +48,13 @@ void params_free(struct params *t);                                     /* NULL-
  * norms 1, biases 0. A function of (seed, element). */
 void params_init(const struct params *t, struct backend *be, act *weights, uint64_t seed);
 
-/* weights <- tensors of `set`, converted. ERR_INPUT, by name: missing, extra, misshapen, of a type that holds no weights; a head that
- * contradicts tied embeddings. `where` is for messages. layer_of maps a layer of this table to the layer it is read from (NULL: the same);
- * layers of `set` that are not read are then no extra tensors. */
+/* take(context, tensor, offset of its first element) for every tensor of `set` in table order. ERR_INPUT, by name: missing, extra, misshapen, of a type
+ * that holds no weights; a head that contradicts tied embeddings. `where` is for messages. layer_of maps a layer of this table to the layer it is
+ * read from (NULL: the same); layers of `set` that are not read are then no extra tensors. */
+typedef int params_take(void *context, const struct tensor_view *v, int64_t offset);
+int  params_match(const struct params *t, const struct tensor_set *set, const char *where, const int *layer_of, params_take *take, void *context);
+
+/* weights <- tensors of `set`, converted, one after another through upload_act; weights.h has the fast way. */
 int  params_load(const struct params *t, struct backend *be, act *weights, const struct tensor_set *set, const char *where, const int *layer_of);
 
 /* The Hugging Face tensors of the table, in table order, `each(context, name, n_dims, shape, offset)`; offset in elements of the flat arrays. */

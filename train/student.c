@@ -81,8 +81,8 @@ void student_close(struct student *s)
 
 int student_weights(const struct student *s, struct model *m, uint64_t seed)
 {
-    if (s->files) return params_load(m->params, m->be, m->weights, s->files->tensors, s->files->path, s->layer_of);
-    params_init(m->params, m->be, m->weights, seed);
+    if (s->files) return model_load_weights(m, s->files->tensors, s->files->path, s->layer_of);
+    model_random_weights(m, seed);
     return OK;
 }
 

@@ -1,14 +1,14 @@
-/* distill teacher-dump: rows -> teacher forward -> targets -> sealed shards, held-out rows first. A batch of rows is computed, its
- * targets are taken chunk by chunk while the logits are there, and handed row by row to the shard writer; nothing of size [N, V] is kept. */
+/* distill teacher-dump: the corpus into rows, and shard after shard of them through the pipeline (dump_pipeline.c: forward, targets, and back to the
+ * host beside the next batch) into the shard writer. Held-out rows first. */
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
 #include <time.h>
 
 #include "base/error.h"
-#include "base/half.h"
 #include "data/shard.h"
 #include "train/command.h"
+#include "train/dump_pipeline.h"
 #include "train/dump_plan.h"
 #include "train/load.h"
 #include "train/progress.h"
@@ -30,15 +30,7 @@ struct dump {
     char weights_hash[SHA256_HEX];            /* reads every weight once: taken once for both datasets */
 
     struct backend *be;
-    struct memory_plan *plan;
-    struct model *model;
-    struct teacher_targets out;               /* device, one chunk */
-    struct batch *batch;
-    /* host, one batch of N positions; what the rows of a shard are filled from */
-    uint32_t *head_ids; uint16_t *head_logprob, *full, *entropy, *label_logprob;
-    float *lse, *tail;
-    void *stage;                              /* host, one chunk of the largest field */
-    double padding_mass, kept_mass; int64_t positions;   /* over everything dumped by this process */
+    struct dump_pipeline *pipeline;
 };
 
 static int open_teacher(struct dump *d)
@@ -57,7 +49,7 @@ static int open_teacher(struct dump *d)
         rc = fail(ERR_USAGE, "corpus.row_length is %lld, the teacher's max_position_embeddings is %lld: make the rows shorter", (long long)o.row_length, (long long)d->files->config->max_position);
         goto out;
     }
-    if (c->dump_batch_rows > INT32_MAX / o.row_length) {
+    if (c->dump_batch_rows && c->dump_batch_rows > INT32_MAX / o.row_length) {
         rc = fail(ERR_USAGE, "dump.batch_rows %lld with rows of %lld tokens is more positions than one pass can count: make dump.batch_rows smaller", (long long)c->dump_batch_rows, (long long)o.row_length);
         goto out;
     }
@@ -84,42 +76,13 @@ static int plan_memory(struct dump *d)
     int rc = OK;
     struct backend_options device = {.device = c->run_device, .threads = (int)c->run_threads};
     TRY(backend_open(&d->be, &device));
-    d->plan = memory_plan_new(d->be);
-    int64_t N = c->dump_batch_rows * c->corpus_row_length, rows = c->dump_chunk_tokens < N ? c->dump_chunk_tokens : N;
-    struct model_options o = {.N = N, .max_doc = c->corpus_row_length, .head_rows = rows};
-    d->model = model_new(d->be, d->files->config, &o, d->plan);
-    const char *row = "targets of a chunk", *key = "dump.chunk_tokens";
-    size_t r = (size_t)rows, nT = (size_t)d->nT, k = (size_t)d->k, floats = sizeof(float);
-    d->out = (struct teacher_targets){.nT = d->nT, .temperatures = d->temperatures, .K = d->k};
-    if (d->k) {
-        memory_add(d->plan, row, key, &d->out.head_ids, r * k * sizeof(int32_t));
-        memory_add(d->plan, row, key, &d->out.head_logprob, r * k * floats);
-    } else memory_add(d->plan, row, key, &d->out.full, r * (size_t)d->Vv * sizeof(uint16_t));
-    if (d->k) memory_add(d->plan, row, key, &d->out.tail_logmass, r * nT * floats);
-    memory_add(d->plan, row, key, &d->out.lse, r * nT * floats);
-    memory_add(d->plan, row, key, &d->out.entropy, r * floats);
-    memory_add(d->plan, row, key, &d->out.label_logprob, r * floats);
-    memory_add(d->plan, row, key, &d->out.padding_mass, r * floats);
-    memory_add_scratch(d->plan, model_scratch_bytes(d->model, d->k));
+    struct dump_options o = {.kind = d->kind, .k = d->k, .nT = d->nT, .Vv = d->Vv, .row_length = c->corpus_row_length, .batch_rows = c->dump_batch_rows, .chunk_tokens = c->dump_chunk_tokens,
+                             .weights = !strcmp(c->teacher_weights, "resident") ? WEIGHTS_RESIDENT : !strcmp(c->teacher_weights, "streamed") ? WEIGHTS_STREAMED : WEIGHTS_AUTO,
+                             .memory_limit = (size_t)(c->memory_limit_gib * 0x1p30)};
+    memcpy(o.temperatures, d->temperatures, sizeof o.temperatures);
+    d->pipeline = dump_pipeline_new(d->be, d->files->config, &o);
 out:
     return rc;
-}
-
-/* What the rows of a shard are filled from. */
-static void allocate_host(struct dump *d)
-{
-    const struct config *c = d->c;
-    size_t n = (size_t)(c->dump_batch_rows * c->corpus_row_length), r = (size_t)d->model->o.head_rows, nT = (size_t)d->nT, k = (size_t)d->k, floats = sizeof(float);
-    d->batch = batch_new(c->dump_batch_rows, c->corpus_row_length, NULL, false);
-    if (d->k) {
-        d->head_ids = xmalloc(n * k * sizeof *d->head_ids);
-        d->head_logprob = xmalloc(n * k * sizeof *d->head_logprob);
-    } else d->full = xmalloc(n * (size_t)d->Vv * sizeof *d->full);
-    d->lse = xmalloc(n * nT * floats);
-    d->tail = xmalloc(n * nT * floats);
-    d->entropy = xmalloc(n * sizeof *d->entropy);
-    d->label_logprob = xmalloc(n * sizeof *d->label_logprob);
-    d->stage = xmalloc(r * (k > nT ? k : nT) * floats);
 }
 
 static int make_manifest(const struct dump *d, const struct corpus_rows *rows, struct shard_manifest *m)
@@ -137,129 +100,63 @@ static int make_manifest(const struct dump *d, const struct corpus_rows *rows, s
     return OK;
 }
 
-/* What the teacher predicts at every position that has a next token in its document, learnt or not. */
-static void set_next_tokens(struct dump *d)
+/* For the progress line: `at_start` rows were made before, by whomever; this process has taken stats_at_start rows of other datasets. */
+struct dump_progress { const char *name; double start; int64_t at_start, stats_at_start; };
+
+/* The pipeline's sink is the shard writer. */
+static int sink_begin(void *w, int64_t shard) { return shard_writer_begin(w, shard); }
+static int sink_put(void *w, const struct shard_row *row) { return shard_writer_put(w, row); }
+static int sink_seal(void *w) { return shard_writer_seal(w); }
+
+static int64_t rows_sealed(struct dump *d, const struct shard_writer *w)
 {
-    struct batch *b = d->batch;
-    for (int64_t doc = 0; doc < b->n_docs; doc++)
-        for (int64_t i = b->doc_begin[doc]; i < b->doc_begin[doc + 1]; i++) b->labels[i] = i + 1 < b->doc_begin[doc + 1] ? b->tokens[i + 1] : -1;
+    dump_lock(d->pipeline);
+    int64_t rows = shard_writer_rows_done(w);
+    dump_unlock(d->pipeline);
+    return rows;
 }
 
-static int take_floats(struct dump *d, const float *device, uint16_t *half, float *whole, size_t count)
-{
-    float *from = whole ? whole : d->stage;
-    d->be->ops->download(d->be, from, device, count * sizeof(float));
-    if (half) for (size_t i = 0; i < count; i++) half[i] = f16_from_float(from[i]);
-    return OK;
-}
-
-/* Forward over the batch, targets into the host arrays. */
-static int compute_targets(struct dump *d, int64_t first_row)
-{
-    const struct ops *op = d->be->ops;
-    struct model *m = d->model;
-    int64_t Vv = d->Vv, V = m->c->vocab_size;
-    size_t k = (size_t)d->k, nT = (size_t)d->nT;
-    set_next_tokens(d);
-    model_set_batch(m, d->batch);
-    model_forward(m);
-    for (int64_t first = 0; first < m->n; first += m->o.head_rows) {
-        int64_t rows = m->n - first < m->o.head_rows ? m->n - first : m->o.head_rows;
-        size_t at = (size_t)first, r = (size_t)rows;
-        model_logits(m, first, rows);
-        op->teacher_targets(d->be, &d->out, m->logits, m->labels + first, rows, V, Vv);
-        if (k) {
-            op->download(d->be, d->head_ids + at * k, d->out.head_ids, r * k * sizeof *d->head_ids);
-            take_floats(d, d->out.head_logprob, d->head_logprob + at * k, NULL, r * k);
-            take_floats(d, d->out.tail_logmass, NULL, d->tail + at * nT, r * nT);
-        } else op->download(d->be, d->full + at * (size_t)Vv, d->out.full, r * (size_t)Vv * sizeof *d->full);
-        take_floats(d, d->out.lse, NULL, d->lse + at * nT, r * nT);
-        take_floats(d, d->out.entropy, d->entropy + at, NULL, r);
-        take_floats(d, d->out.label_logprob, d->label_logprob + at, NULL, r);
-        op->download(d->be, d->stage, d->out.padding_mass, r * sizeof(float));
-        for (size_t i = 0; i < r; i++) d->padding_mass += ((float *)d->stage)[i];
-    }
-    for (int64_t i = 0; i < m->n; i++) {
-        if (!isfinite(d->lse[i * d->nT]))
-            return fail(ERR_NUMERIC, "row %lld, position %lld: the teacher's logits are not finite; check the model with distill inspect %s", (long long)(first_row + i / d->batch->length),
-                        (long long)(i % d->batch->length), d->files->path);
-        if (k) d->kept_mass += -expm1(d->tail[i * d->nT]);
-    }
-    d->positions += m->n;
-    return OK;
-}
-
-static int put_rows(struct dump *d, struct shard_writer *w, const struct corpus_rows *rows, int64_t first_row)
-{
-    int64_t L = rows->length;
-    for (int64_t r = 0; r < d->batch->rows; r++) {
-        int64_t at = r * L, source = (first_row + r) * L;
-        struct shard_row row = {.tokens = rows->tokens + source, .loss_mask = rows->loss_mask + source, .document = rows->document + source, .lse = d->lse + at * d->nT,
-                                .entropy = d->entropy + at, .label_logprob = d->label_logprob + at};
-        if (d->k) {
-            row.tail = d->tail + at * d->nT;
-            row.head_ids = d->head_ids + at * d->k;
-            row.head_logprob = d->head_logprob + at * d->k;
-        } else row.logits = d->full + at * d->Vv;
-        int rc = shard_writer_put(w, &row);
-        if (rc != OK) return rc;
-    }
-    return OK;
-}
-
-/* Rows from `row` on, as many as a batch holds and before `end`. */
-static void fill_batch(struct dump *d, const struct corpus_rows *rows, int64_t row, int64_t end)
-{
-    int64_t L = rows->length;
-    d->batch->rows = end - row < d->c->dump_batch_rows ? end - row : d->c->dump_batch_rows;
-    d->batch->n = d->batch->rows * L;
-    for (int64_t r = 0; r < d->batch->rows; r++) batch_set_row(d->batch, r, rows->tokens + (row + r) * L, rows->loss_mask + (row + r) * L, rows->document + (row + r) * L);
-    batch_finish(d->batch);
-}
-
-/* How far the dataset is, for the progress line: `at_start` rows when this process began, `done` now, whoever made them. */
-struct dump_progress { const char *name; double start; int64_t at_start, done; };
-
-/* One shard: its rows in batches. */
+/* One shard: its rows in batches, into the pipeline. */
 static int dump_shard(struct dump *d, struct shard_writer *w, const struct shard_manifest *m, const struct corpus_rows *rows, int64_t shard, struct dump_progress *p)
 {
-    int rc = OK;
-    int64_t first = shard_first_row(m, shard), end = first + shard_rows(m, shard);
-    TRY(shard_writer_begin(w, shard));
-    for (int64_t row = first; row < end; row += d->batch->rows) {
-        if (stop_requested) { rc = fail(ERR_STOPPED, "stopped by a signal: %lld rows of %s are sealed, the %lld rows of the unfinished shard will be computed again; run the command again to go on",
-                                        (long long)shard_writer_rows_done(w), p->name, (long long)(row - first)); goto out; }
-        fill_batch(d, rows, row, end);
-        TRY(compute_targets(d, row));
-        TRY(put_rows(d, w, rows, row));
-        p->done += d->batch->rows;
-        double rate = (double)(p->done - p->at_start) / (now_seconds() - p->start);
-        progress("%s  shard %lld/%lld  rows %lld/%lld  %.0f tok/s  eta %s", p->name, (long long)(shard + 1), (long long)shard_count(m), (long long)p->done, (long long)m->rows, rate * (double)rows->length,
-                 duration_text((double)(m->rows - p->done) / rate));
+    int64_t first = shard_first_row(m, shard), end = first + shard_rows(m, shard), L = rows->length, n;
+    for (int64_t row = first; row < end; row += n) {
+        if (stop_requested) return fail(ERR_STOPPED, "stopped by a signal: %lld rows of %s are sealed, those of unfinished shards will be computed again; run the command again to go on",
+                                        (long long)rows_sealed(d, w), p->name);
+        n = end - row < d->pipeline->o.batch_rows ? end - row : d->pipeline->o.batch_rows;
+        int rc = dump_submit(d->pipeline, shard, row == first, row + n == end, row, n, rows->tokens + row * L, rows->loss_mask + row * L, rows->document + row * L);
+        if (rc != OK) return rc;
+        int64_t taken = dump_stats(d->pipeline).rows - p->stats_at_start;
+        double rate = (double)taken / (now_seconds() - p->start);
+        if (taken) progress("%s  shard %lld/%lld  rows %lld/%lld  %.0f tok/s  eta %s", p->name, (long long)(shard + 1), (long long)shard_count(m), (long long)(p->at_start + taken), (long long)m->rows,
+                            rate * (double)L, duration_text((double)(m->rows - p->at_start - taken) / rate));
     }
-    TRY(shard_writer_seal(w));
-out:
-    return rc;
+    return OK;
 }
 
 /* Claims and makes shards until none is left. What other processes are making is waited for if `wait` says so: should one die, its shards
  * are free again. *complete: every shard (of the range) is made. */
 static int dump_shards(struct dump *d, struct shard_writer *w, const struct shard_manifest *m, const struct corpus_rows *rows, const char *path, bool wait, bool *complete)
 {
-    struct dump_progress p = {.name = path, .start = now_seconds(), .at_start = shard_writer_rows_done(w)};
+    struct dump_progress p = {.name = path, .start = now_seconds(), .at_start = shard_writer_rows_done(w), .stats_at_start = dump_stats(d->pipeline).rows};
+    struct dump_sink sink = {w, sink_begin, sink_put, sink_seal};
     int64_t shard, busy, said = 0;
     const char *owner;
-    int rc = OK;
+    int rc = OK, finished = OK;
     *complete = false;
+    dump_start(d->pipeline, &sink, d->files->path);
     for (;;) {
-        TRY(shard_writer_claim(w, &shard, &busy, &owner));
-        p.done = shard_writer_rows_done(w);
+        dump_lock(d->pipeline);
+        rc = shard_writer_claim(w, &shard, &busy, &owner);
+        dump_unlock(d->pipeline);
+        if (rc != OK) goto out;
         if (shard == SHARD_NONE) { *complete = true; break; }
         if (shard != SHARD_BUSY) {
             TRY(dump_shard(d, w, m, rows, shard, &p));
             said = 0;
             continue;
         }
+        TRY(dump_finish(d->pipeline));                  /* our own part is made */
         if (!wait) break;
         if (busy != said) {
             progress_end();
@@ -271,6 +168,8 @@ static int dump_shards(struct dump *d, struct shard_writer *w, const struct shar
         nanosleep(&(struct timespec){.tv_nsec = 250000000}, NULL);
     }
 out:
+    finished = dump_finish(d->pipeline);                /* the writer is about to be closed, whatever happened */
+    if (rc == OK) rc = finished;
     progress_end();
     return rc;
 }
@@ -313,22 +212,15 @@ static void print_plan(const struct dump *d)
                                .valid_vocab = (int32_t)d->Vv};
     double tokens = (double)(d->train->rows * d->train->length), bytes = d->train->rows ? (double)shard_bytes(&m, 0) / tokens : 0, flops = model_config_forward_flops(d->files->config, d->train->length);
     int64_t heldout = d->heldout ? d->heldout->rows : 0;
-    printf("teacher   %s, %s, %.2fM parameters, %lld of %lld ids valid\n", d->files->path, architecture_name(d->files->config->arch), (double)d->model->params->parameters / 1e6, (long long)d->Vv,
+    printf("teacher   %s, %s, %.2fM parameters, %lld of %lld ids valid\n", d->files->path, architecture_name(d->files->config->arch), (double)d->pipeline->model->params->parameters / 1e6, (long long)d->Vv,
            (long long)d->files->config->vocab_size);
     printf("corpus    %lld documents, %lld rows of %lld for training, %lld held out; %lld supervised positions\n", (long long)d->train->documents, (long long)d->train->rows,
            (long long)d->train->length, (long long)heldout, (long long)d->train->targets);
     printf("shards    %s", shard_kind_name(d->kind));
     if (d->k) printf(" %d", d->k);
     printf(", %.0f bytes per token, %.2f GiB in all; %.3g FLOP per token\n", bytes, bytes * (tokens + (double)(heldout * d->train->length)) / 0x1p30, flops);
-    memory_print(d->plan, stdout);
-}
-
-static int plan_batch(void *context, int64_t first_row, int64_t *positions)
-{
-    struct dump *d = context;
-    fill_batch(d, d->train, first_row, d->train->rows);
-    *positions = d->batch->n;
-    return compute_targets(d, first_row);
+    printf("pass      %lld rows at a time; weights %s\n", (long long)d->pipeline->o.batch_rows, d->pipeline->o.weights == WEIGHTS_STREAMED ? "streamed from host memory, block by block" : "resident");
+    memory_print(d->pipeline->plan, stdout);
 }
 
 /* What is still to be written, and whether there is room for it. */
@@ -351,14 +243,34 @@ static int check_space(struct dump *d, const char *heldout, int64_t *bytes)
                 c->shards_path, (long long)*bytes, (long long)free_bytes);
 }
 
+/* A pass of the plan ends nowhere. */
+static int nowhere_begin(void *context, int64_t shard) { (void)context; (void)shard; return OK; }
+static int nowhere_put(void *context, const struct shard_row *row) { (void)context; (void)row; return OK; }
+static int nowhere_seal(void *context) { (void)context; return OK; }
+
+static int plan_passes(void *context, int64_t first_row, int64_t rows)
+{
+    struct dump *d = context;
+    struct dump_sink nowhere = {NULL, nowhere_begin, nowhere_put, nowhere_seal};
+    int64_t L = d->train->length, n;
+    int rc = OK, finished;
+    dump_start(d->pipeline, &nowhere, d->files->path);
+    for (int64_t row = first_row; rc == OK && row < first_row + rows; row += n) {
+        n = first_row + rows - row < d->pipeline->o.batch_rows ? first_row + rows - row : d->pipeline->o.batch_rows;
+        rc = dump_submit(d->pipeline, 0, row == first_row, row + n == first_row + rows, row, n, d->train->tokens + row * L, d->train->loss_mask + row * L, d->train->document + row * L);
+    }
+    finished = dump_finish(d->pipeline);
+    return rc != OK ? rc : finished;
+}
+
 /* Rate and table of a few batches; the weights are loaded. */
 static int measure(struct dump *d)
 {
     struct shard_manifest m;
     int64_t heldout = d->heldout ? d->heldout->rows : 0;
     make_manifest(d, d->train, &m);
-    struct dump_plan p = {.c = d->c, .model = d->model, .rows = d->train, .manifest = &m, .tokens_missing = (d->train->rows + heldout) * d->train->length, .batch = d->batch, .compute = plan_batch,
-                          .context = d};
+    struct dump_plan p = {.c = d->c, .model = d->pipeline->model, .rows = d->train, .manifest = &m, .tokens = (d->train->rows + heldout) * d->train->length,
+                          .batch_rows = d->pipeline->o.batch_rows, .passes = plan_passes, .context = d};
     return dump_plan_measure(&p);
 }
 
@@ -377,21 +289,20 @@ static int run(struct dump *d)
     if (!d->flags.dry_run || d->flags.no_measure) TRY(space);
     if (d->flags.no_measure) goto out;
     fflush(stdout);
-    TRY(memory_commit(d->plan, (size_t)(c->memory_limit_gib * 0x1p30)));
-    model_ready(d->model);
-    allocate_host(d);
+    TRY(dump_pipeline_ready(d->pipeline));
     if (!d->flags.dry_run) tensor_set_hash(d->files->tensors, d->weights_hash);
-    TRY(model_files_load(d->files, d->model));
+    TRY(model_files_load(d->files, d->pipeline->model));
     if (d->flags.dry_run) {
         TRY(measure(d));
         if (space != OK) rc = fail(space, "%s", no_room);           /* the plan first, then what is wrong with it */
         goto out;
     }
     TRY(dump_datasets(d, heldout));
-    if (d->positions) {
-        printf("done      %lld positions dumped by this run", (long long)d->positions);
-        if (d->k) printf(", the top %d keep %.4f of the mass on average", d->k, d->kept_mass / (double)d->positions);
-        printf("; %lld padding columns masked, they held %.2e of the mass\n", (long long)(d->files->config->vocab_size - d->Vv), d->padding_mass / (double)d->positions);
+    struct dump_stats stats = dump_stats(d->pipeline);
+    if (stats.positions) {
+        printf("done      %lld positions dumped by this run", (long long)stats.positions);
+        if (d->k) printf(", the top %d keep %.4f of the mass on average", d->k, stats.kept_mass / (double)stats.positions);
+        printf("; %lld padding columns masked, they held %.2e of the mass\n", (long long)(d->files->config->vocab_size - d->Vv), stats.padding_mass / (double)stats.positions);
     }
 out:
     free(no_room);
@@ -434,10 +345,7 @@ int command_teacher_dump(int argc, char **argv)
     signals_install();
     rc = run(&d);
 out:
-    free(d.head_ids); free(d.head_logprob); free(d.full); free(d.lse); free(d.tail); free(d.entropy); free(d.label_logprob); free(d.stage);
-    batch_free(d.batch);
-    model_free(d.model);
-    memory_plan_free(d.plan);
+    dump_pipeline_free(d.pipeline);
     backend_close(d.be);
     corpus_rows_free(d.train);
     corpus_rows_free(d.heldout);

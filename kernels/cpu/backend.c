@@ -1,5 +1,6 @@
 /* The CPU backend: the table, and memory that is ordinary host memory. Everything is fp32; every op runs to its end before it returns. */
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "base/error.h"
@@ -35,6 +36,26 @@ static void cpu_download_grad(struct backend *be, float *to, const grad *from, i
 static void cpu_copy(struct backend *be, void *to, const void *from, size_t bytes) { (void)be; memcpy(to, from, bytes); }
 static void cpu_sync(struct backend *be) { (void)be; }
 
+/* Every op has run to its end when it returns, so a mark is a time and nothing is ever waited for. */
+struct cpu_state { double *mark; int room; };
+
+static void cpu_mark(struct backend *be, int place)
+{
+    struct cpu_state *s = be->state;
+    struct timespec t;
+    if (place >= s->room) {
+        s->mark = xrealloc(s->mark, (size_t)(2 * place + 16) * sizeof *s->mark);
+        s->room = 2 * place + 16;
+    }
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    s->mark[place] = (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+static void cpu_wait_mark(struct backend *be, int place) { (void)be; (void)place; }
+static double cpu_seconds_between(struct backend *be, int i, int j) { const struct cpu_state *s = be->state; return s->mark[j] - s->mark[i]; }
+static void cpu_stream_in(struct backend *be, int slot, void *to, const void *from, size_t bytes) { (void)be; (void)slot; memcpy(to, from, bytes); }
+static void cpu_stream_ready(struct backend *be, int slot) { (void)be; (void)slot; }
+static void cpu_stream_free(struct backend *be, int slot) { (void)be; (void)slot; }
+
 static void cpu_fill_zero(struct backend *be, void *p, size_t bytes)
 {
     (void)be;
@@ -56,6 +77,8 @@ static const struct ops cpu_ops = {
     .alloc = cpu_alloc, .release = cpu_release, .available = cpu_available,
     .upload = cpu_upload, .download = cpu_download, .upload_act = cpu_upload_act, .download_act = cpu_download_act, .download_grad = cpu_download_grad,
     .fill_zero = cpu_fill_zero, .copy = cpu_copy, .sync = cpu_sync, .scratch_bytes = cpu_scratch_bytes,
+    .alloc_host = cpu_alloc, .release_host = cpu_release, .download_async = cpu_download, .mark = cpu_mark, .wait_mark = cpu_wait_mark, .seconds_between = cpu_seconds_between,
+    .stream_in = cpu_stream_in, .stream_ready = cpu_stream_ready, .stream_free = cpu_stream_free, .random_normal = cpu_random_normal,
     .embed_forward = cpu_embed_forward, .embed_backward = cpu_embed_backward,
     .rmsnorm_forward = cpu_rmsnorm_forward, .rmsnorm_backward = cpu_rmsnorm_backward,
     .qk_norm_forward = cpu_qk_norm_forward, .qk_norm_backward = cpu_qk_norm_backward,
@@ -72,9 +95,15 @@ int cpu_backend_open(struct backend **out, const struct backend_options *o)
     if (o->precision && strcmp(o->precision, "fp32")) return fail(ERR_USAGE, "device cpu: computes in fp32, not in %s; leave the precision out or use device cuda", o->precision);
     if (o->threads > 0) omp_set_num_threads(o->threads);
     struct backend *be = xcalloc(1, sizeof *be);
-    *be = (struct backend){.name = "cpu", .act_dtype = DTYPE_F32, .grad_dtype = DTYPE_F32, .moment_dtype = DTYPE_F32, .ops = &cpu_ops};
+    *be = (struct backend){.name = "cpu", .act_dtype = DTYPE_F32, .grad_dtype = DTYPE_F32, .moment_dtype = DTYPE_F32, .ops = &cpu_ops, .state = xcalloc(1, sizeof(struct cpu_state))};
     *out = be;
     return OK;
 }
 
-void cpu_backend_close(struct backend *be) { free(be); }
+void cpu_backend_close(struct backend *be)
+{
+    struct cpu_state *s = be->state;
+    free(s->mark);
+    free(s);
+    free(be);
+}

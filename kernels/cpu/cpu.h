@@ -30,6 +30,7 @@ static inline size_t cpu_sample_scratch(int64_t V) { return (size_t)(V + 1 + 2 *
 float  row_max(const float *x, int64_t n);
 double row_log_sum_exp(const float *x, int64_t n, float scale);
 
+void cpu_random_normal(struct backend *be, act *x, int64_t count, float mean, float std, uint64_t seed, int64_t first);
 void cpu_embed_forward(struct backend *be, act *x, const int32_t *tokens, const act *table, int64_t N, int64_t C);
 void cpu_embed_backward(struct backend *be, grad *dtable, const act *dx, const int32_t *tokens, int64_t N, int64_t C, int64_t V);
 void cpu_rmsnorm_forward(struct backend *be, act *y, float *rstd, act *sum, const act *x, const act *r, const act *w, int64_t N, int64_t C, float eps);

@@ -5,27 +5,12 @@
  * stochastically: up with the probability of the part cut off, so that updates below half a unit are not lost. The 32 bits of an
  * element are word (e mod 4) of Philox 4x32-10 (Salmon et al. 2011) at counter (e / 4, step) under the seed, e its index in the
  * whole table: the high half rounds w, the low half m and v. Any split of the table into ranges gives the same weights. */
+#include "base/rng.h"
 #include "kernels/cuda/common.cuh"
 
 enum { THREADS = 256 };
 
 struct adamw_constants { float b1, b2, new1, new2, eps, step_size, v_scale, decay; double clip; uint64_t seed, step; int64_t first; };
-
-struct random4 { uint32_t word[4]; };
-
-__device__ __forceinline__ random4 philox(uint64_t key, uint64_t counter_hi, uint64_t counter_lo)
-{
-    uint32_t c0 = (uint32_t)counter_lo, c1 = (uint32_t)(counter_lo >> 32), c2 = (uint32_t)counter_hi, c3 = (uint32_t)(counter_hi >> 32);
-    uint32_t k0 = (uint32_t)key, k1 = (uint32_t)(key >> 32);
-    #pragma unroll
-    for (int round = 0; round < 10; round++) {
-        uint32_t hi0 = __umulhi(0xd2511f53u, c0), hi1 = __umulhi(0xcd9e8d57u, c2);
-        uint32_t lo0 = 0xd2511f53u * c0, lo1 = 0xcd9e8d57u * c2;
-        c0 = hi1 ^ c1 ^ k0; c1 = lo1; c2 = hi0 ^ c3 ^ k1; c3 = lo0;
-        k0 += 0x9e3779b9u; k1 += 0xbb67ae85u;
-    }
-    return {{c0, c1, c2, c3}};
-}
 
 /* bf16 bits of x, rounded up with probability (low half of x) / 2^16: random16 in its low 16 bits. Infinities and NaN stay what they are. */
 __device__ __forceinline__ uint32_t round_stochastic(float x, uint32_t random16)
@@ -70,13 +55,13 @@ __device__ __forceinline__ void update(T *w, float *master, const G *g, M *m, M 
         if constexpr (W % 4 == 0) {                       /* e is a multiple of 4: see the launcher */
             #pragma unroll
             for (int j = 0; j < W; j += 4) {
-                random4 r = philox(k.seed, k.step, (e + j) >> 2);
+                philox r = philox4x32(k.seed, k.step, (e + j) >> 2);
                 #pragma unroll
-                for (int q = 0; q < 4; q++) random[j + q] = r.word[q];
+                for (int q = 0; q < 4; q++) random[j + q] = r.v[q];
             }
         } else {
-            random4 r = philox(k.seed, k.step, e >> 2);
-            random[0] = e & 2 ? (e & 1 ? r.word[3] : r.word[2]) : (e & 1 ? r.word[1] : r.word[0]);
+            philox r = philox4x32(k.seed, k.step, e >> 2);
+            random[0] = e & 2 ? (e & 1 ? r.v[3] : r.v[2]) : (e & 1 ? r.v[1] : r.v[0]);
         }
     }
     #pragma unroll

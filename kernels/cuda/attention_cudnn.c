@@ -421,7 +421,8 @@ static void bind_scalars(struct bindings *b, const struct scalars *v, bool backw
 size_t cuda_attention_cudnn_scratch(const struct op_limits *l)
 {
     size_t N = (size_t)l->N, q = N * (size_t)l->Hq * (size_t)l->D, lists = (1 + ATTENTION_WIDTHS) * (2 * N + 2) * sizeof(int32_t);
-    return WORKSPACE + lists + N * (size_t)l->Hq * sizeof(float) + q * (sizeof(float) + 2 * sizeof(uint16_t)) + 16 * 256;
+    size_t backward = N * (size_t)l->Hq * sizeof(float) + q * (sizeof(float) + 2 * sizeof(uint16_t));
+    return WORKSPACE + lists + (l->backward ? backward : 0) + 16 * 256;
 }
 
 bool cuda_attention_cudnn_forward(struct backend *be, act *o, float *lse, const act *q, const act *k, const act *v, const struct attention_args *a)

@@ -1,4 +1,5 @@
-/* The CUDA backend: the table, device memory, and the way of host memory onto the device. One stream carries everything, in order.
+/* The CUDA backend: the table, device memory, and the way of host memory onto the device. One stream carries
+ * all ops, in order; a second one brings weights in beside them (stream_in).
  *
  * upload() copies pageable memory into a pinned ring first, so that it returns at once and the caller may reuse its buffer; the ring is
  * two halves, and a half is written again when the copies out of it are done. Memory that is pinned already goes directly: it must
@@ -132,6 +133,58 @@ static void cuda_copy(struct backend *be, void *to, const void *from, size_t byt
     CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, cuda_state_of(be)->stream));
 }
 
+static void *cuda_alloc_host(struct backend *be, size_t bytes)
+{
+    (void)be;
+    void *p = NULL;
+    cudaError_t code = cudaHostAlloc(&p, bytes ? bytes : 256, cudaHostAllocDefault);
+    if (code == cudaErrorMemoryAllocation) { cudaGetLastError(); return NULL; }
+    CUDA_CHECK(code);
+    return p;
+}
+
+static void cuda_release_host(struct backend *be, void *p)
+{
+    CUDA_CHECK(cudaStreamSynchronize(cuda_state_of(be)->copies));       /* a block that was asked for ahead may still be on its way */
+    CUDA_CHECK(cudaFreeHost(p));
+}
+
+static void cuda_download_async(struct backend *be, void *to, const void *from, size_t bytes)
+{
+    CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, cuda_state_of(be)->stream));
+}
+
+static void cuda_mark(struct backend *be, int place)
+{
+    struct cuda_state *s = cuda_state_of(be);
+    if (place >= s->n_marks) {
+        s->marks = xrealloc(s->marks, (size_t)(2 * place + 16) * sizeof *s->marks);
+        for (; s->n_marks < 2 * place + 16; s->n_marks++) CUDA_CHECK(cudaEventCreate(&s->marks[s->n_marks]));
+    }
+    CUDA_CHECK(cudaEventRecord(s->marks[place], s->stream));
+}
+
+static void cuda_wait_mark(struct backend *be, int place) { CUDA_CHECK(cudaEventSynchronize(cuda_state_of(be)->marks[place])); }
+
+static double cuda_seconds_between(struct backend *be, int i, int j)
+{
+    struct cuda_state *s = cuda_state_of(be);
+    float ms;
+    CUDA_CHECK(cudaEventElapsedTime(&ms, s->marks[i], s->marks[j]));
+    return 1e-3 * (double)ms;
+}
+
+static void cuda_stream_in(struct backend *be, int slot, void *to, const void *from, size_t bytes)
+{
+    struct cuda_state *s = cuda_state_of(be);
+    CUDA_CHECK(cudaStreamWaitEvent(s->copies, s->slot_free[slot], 0));
+    CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, s->copies));
+    CUDA_CHECK(cudaEventRecord(s->slot_arrived[slot], s->copies));
+}
+
+static void cuda_stream_ready(struct backend *be, int slot) { CUDA_CHECK(cudaStreamWaitEvent(cuda_state_of(be)->stream, cuda_state_of(be)->slot_arrived[slot], 0)); }
+static void cuda_stream_free(struct backend *be, int slot) { CUDA_CHECK(cudaEventRecord(cuda_state_of(be)->slot_free[slot], cuda_state_of(be)->stream)); }
+
 static size_t cuda_scratch_bytes(struct backend *be, const struct op_limits *l)
 {
     size_t need[] = {cuda_embed_scratch(be, l), cuda_rmsnorm_scratch(be, l), cuda_qk_norm_scratch(be, l), cuda_attention_scratch(be, l),
@@ -144,6 +197,8 @@ static const struct ops cuda_ops = {
     .alloc = cuda_alloc, .release = cuda_release, .available = cuda_available,
     .upload = cuda_upload, .download = cuda_download, .upload_act = cuda_upload_act, .download_act = cuda_download_act, .download_grad = cuda_download_grad,
     .fill_zero = cuda_fill_zero, .copy = cuda_copy, .sync = cuda_sync, .scratch_bytes = cuda_scratch_bytes,
+    .alloc_host = cuda_alloc_host, .release_host = cuda_release_host, .download_async = cuda_download_async, .mark = cuda_mark, .wait_mark = cuda_wait_mark,
+    .seconds_between = cuda_seconds_between, .stream_in = cuda_stream_in, .stream_ready = cuda_stream_ready, .stream_free = cuda_stream_free, .random_normal = cuda_random_normal,
     .embed_forward = cuda_embed_forward, .embed_backward = cuda_embed_backward,
     .rmsnorm_forward = cuda_rmsnorm_forward, .rmsnorm_backward = cuda_rmsnorm_backward,
     .qk_norm_forward = cuda_qk_norm_forward, .qk_norm_backward = cuda_qk_norm_backward,
@@ -193,6 +248,11 @@ int cuda_backend_open(struct backend **out, const struct backend_options *o)
     }
     s->sms = card.multiProcessorCount;
     CUDA_CHECK(cudaStreamCreateWithFlags(&s->stream, cudaStreamNonBlocking));
+    CUDA_CHECK(cudaStreamCreateWithFlags(&s->copies, cudaStreamNonBlocking));
+    for (int i = 0; i < STREAM_SLOTS; i++) {
+        CUDA_CHECK(cudaEventCreateWithFlags(&s->slot_arrived[i], cudaEventDisableTiming));
+        CUDA_CHECK(cudaEventCreateWithFlags(&s->slot_free[i], cudaEventDisableTiming));
+    }
     CUBLAS_CHECK(cublasLtCreate(&s->blas));
     CUDNN_CHECK(cudnnCreate(&s->dnn));
     CUDNN_CHECK(cudnnSetStream(s->dnn, s->stream));
@@ -218,12 +278,20 @@ void cuda_backend_close(struct backend *be)
     if (!be) return;
     struct cuda_state *s = cuda_state_of(be);
     if (s->stream) cudaStreamSynchronize(s->stream);
+    if (s->copies) cudaStreamSynchronize(s->copies);
     cuda_attention_close(s);
     cuda_linear_close(s);
     if (s->dnn) cudnnDestroy(s->dnn);
     if (s->blas) cublasLtDestroy(s->blas);
     for (int i = 0; i < 2; i++) if (s->staging_done[i]) cudaEventDestroy(s->staging_done[i]);
+    for (int i = 0; i < STREAM_SLOTS; i++) {
+        if (s->slot_arrived[i]) cudaEventDestroy(s->slot_arrived[i]);
+        if (s->slot_free[i]) cudaEventDestroy(s->slot_free[i]);
+    }
+    for (int i = 0; i < s->n_marks; i++) cudaEventDestroy(s->marks[i]);
+    free(s->marks);
     if (s->staging) cudaFreeHost(s->staging);
+    if (s->copies) cudaStreamDestroy(s->copies);
     if (s->stream) cudaStreamDestroy(s->stream);
     free(s);
     free(be);

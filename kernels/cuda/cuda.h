@@ -24,6 +24,9 @@ struct cuda_state {
     struct product_plan *products; int n_products;  /* found once per shape, kept until close */
     struct attention_plan *attentions; int n_attentions;
     char *staging; cudaEvent_t staging_done[2]; int staging_half; size_t staging_used;   /* pinned, two halves in turn: host memory on its way to the device */
+    cudaStream_t copies;                            /* beside `stream`: weights on their way in */
+    cudaEvent_t slot_arrived[STREAM_SLOTS], slot_free[STREAM_SLOTS];
+    cudaEvent_t *marks; int n_marks;
     char description[352];      /* the card's name alone may be 255 bytes */
 };
 
@@ -72,6 +75,7 @@ struct attention_offsets { int32_t *length; int32_t *offset[ATTENTION_WIDTHS]; i
 void cuda_attention_fill_offsets(struct backend *be, const struct attention_offsets *to, const int32_t *doc_begin, int64_t n_docs, int64_t slots);
 
 /* ---- the ops ---- */
+void cuda_random_normal(struct backend *be, act *x, int64_t count, float mean, float std, uint64_t seed, int64_t first);
 void cuda_embed_forward(struct backend *be, act *x, const int32_t *tokens, const act *table, int64_t N, int64_t C);
 void cuda_embed_backward(struct backend *be, grad *dtable, const act *dx, const int32_t *tokens, int64_t N, int64_t C, int64_t V);
 void cuda_rmsnorm_forward(struct backend *be, act *y, float *rstd, act *sum, const act *x, const act *r, const act *w, int64_t N, int64_t C, float eps);

@@ -348,7 +348,7 @@ int main(int argc, char **argv)
     printf("{\"device\": \"%s\"}\n", b.be->description);
     CUDA_CHECK(cudaEventCreate(&b.begin));
     CUDA_CHECK(cudaEventCreate(&b.end));
-    struct op_limits limits = {.N = 16384, .C = 8192, .F = 29568, .V = 152064, .chunk_rows = 2048, .max_doc = 16384, .Hq = 64, .Hkv = 8, .D = 128, .K = 256};
+    struct op_limits limits = {.N = 16384, .C = 8192, .F = 29568, .V = 152064, .chunk_rows = 2048, .max_doc = 16384, .Hq = 64, .Hkv = 8, .D = 128, .K = 256, .backward = true};
     b.be->scratch_bytes = b.op->scratch_bytes(b.be, &limits);
     b.be->scratch = b.op->alloc(b.be, b.be->scratch_bytes);
     b.arena_bytes = (size_t)14 << 30;

@@ -50,7 +50,7 @@ static void run(struct rig *r, const void *c_, struct outputs *out)
     struct attention_args a = {.doc_begin = upload(r, in.begin, (size_t)(c->n_docs + 1) * sizeof *in.begin), .n_docs = c->n_docs, .max_doc = in.max_doc, .N = in.N,
                                .Hq = c->Hq, .Hkv = c->Hkv, .D = c->D, .scale = score_scale(c->D), .window = c->window};
     /* the largest Hkv is another model's, which has no groups */
-    rig_scratch(r, (struct op_limits){.N = in.N, .C = c->Hq * c->D, .V = 1, .max_doc = in.max_doc, .Hq = c->Hq, .Hkv = c->Hq, .D = c->D});
+    rig_scratch(r, (struct op_limits){.N = in.N, .C = c->Hq * c->D, .V = 1, .max_doc = in.max_doc, .Hq = c->Hq, .Hkv = c->Hq, .D = c->D, .backward = true});
     r->op->attention_forward(r->be, o, lse, q, k, v, &a);
     r->op->attention_backward(r->be, dq, dk, dv, d_o, o, lse, q, k, v, &a);
     take_act(out, r, "o", FORWARD, o, in.nq);
@@ -129,7 +129,7 @@ Test(cpu, documents_and_threads)
     float *o[2], *dq[2], *dk[2], *dv[2];
     for (int alone = 0; alone < 2; alone++) {
         omp_set_num_threads(alone ? 1 : 3);
-        rig_scratch(&r, (struct op_limits){.N = N, .C = Hq * D, .V = 1, .max_doc = B, .Hq = Hq, .Hkv = Hkv, .D = D});
+        rig_scratch(&r, (struct op_limits){.N = N, .C = Hq * D, .V = 1, .max_doc = B, .Hq = Hq, .Hkv = Hkv, .D = D, .backward = true});
         o[alone] = poison_float(&r, N * Hq * D); dq[alone] = poison_float(&r, N * Hq * D); dk[alone] = poison_float(&r, N * Hkv * D); dv[alone] = poison_float(&r, N * Hkv * D);
         float *lse = poison_float(&r, N * Hq);
         for (int part = 0; part < (alone ? 2 : 1); part++) {        /* once packed, once one by one */

@@ -237,6 +237,38 @@ Test(model, forward_only_is_the_same_forward)
     }
 }
 
+/* Blocks that come in from host memory one after another, and an MLP that takes its rows in pieces, compute what the resident model computes; a second pass
+ * goes on where the first one's reading ahead stopped. */
+Test(model, streamed_blocks_are_the_same_model)
+{
+    for (int a = 0; a < N_ARCHITECTURES; a++)
+        for (int slots = 2; slots <= STREAM_SLOTS; slots++) {
+            struct fixture f;
+            struct fixture_options o = {.architecture = architectures[a], .more = members[a], .rows = 2, .length = 23, .loss = mixed, .seed = 5};
+            fixture_open(&f, &o);
+            struct batch *b = fixture_batch(2, 23, documents, 0, 9);
+            struct memory_plan *plan = memory_plan_new(f.be);
+            struct model_options streamed = {.N = b->n, .max_doc = 23, .head_rows = 5, .layer_slots = slots, .ffn_rows = slots == 3 ? 7 : 0};
+            struct model *m = model_new(f.be, f.config, &streamed, plan);
+            cr_assert_eq(memory_commit(plan, 0), OK);
+            model_ready(m);
+            model_random_weights(m, 5);                        /* the fixture's seed: the same weights */
+            model_set_batch(f.model, b);
+            model_forward(f.model);
+            model_set_batch(m, b);
+            for (int pass = 0; pass < 3; pass++) {
+                memset(m->hidden, 0xff, (size_t)(b->n * 24) * sizeof(float));
+                model_forward(m);
+                double error = relative_l2((float *)m->hidden, (float *)f.model->hidden, b->n * 24);
+                cr_expect_leq(error, slots == 3 ? 2e-6 : 0, "%s, %d places, pass %d: %g", architectures[a], slots, pass, error);   /* BLAS may sum 7 rows in another order than 46 */
+            }
+            model_free(m);
+            memory_plan_free(plan);
+            batch_free(b);
+            fixture_close(&f);
+        }
+}
+
 /* Token by token through the cache, or in pieces, or at once: the hidden states of the packed forward. */
 Test(model, the_cache_gives_what_the_whole_sequence_gives)
 {

@@ -176,7 +176,8 @@ Test(train, dump_of_full_logits_stores_them_over_the_first_temperature)
         for (int64_t r = 0; r < m->rows; r++) {
             cr_assert_eq(shard_dataset_read(d, r, &row), OK, "%s", fail_message());
             const float *logits = logits_of(&row);
-            for (int64_t i = 0; i < LENGTH * V; i++) cr_assert_float_eq(f16_to_float(row.logits[i]), logits[i] / (float)over, 6e-4 * fabs(logits[i]) + 1e-6);
+            /* 4e-6: near 0 what is left is the order in which fp32 products are summed, 3 rows at a time here and one there */
+            for (int64_t i = 0; i < LENGTH * V; i++) cr_assert_float_eq(f16_to_float(row.logits[i]), logits[i] / (float)over, 6e-4 * fabs(logits[i]) + 4e-6);
             if (over == 1) for (int t = 0; t < LENGTH; t++) expect_common_fields(&row, t, logits + t * V, r);
         }
         shard_row_free(&row);
