@@ -53,6 +53,12 @@ static bool line_parse(const char *text, size_t bytes, struct shard_entry *e, ch
     return (size_t)line_format(again, e, prev) == bytes && !memcmp(again, text, bytes) && strlen(e->sha256) == SHA256_HEX - 1;
 }
 
+static bool entry_possible(const struct shard_manifest *m, const struct shard_entry *e)
+{
+    return e->shard >= 0 && e->shard < shard_count(m) && e->rows == shard_rows(m, e->shard) && e->tokens == e->rows * m->row_length && e->targets >= 0 && e->targets <= e->tokens &&
+           e->bytes <= (int64_t)shard_bytes(m, e->shard) && e->bytes >= (int64_t)shard_least_bytes(m, e->shard);
+}
+
 static int entry_add(struct journal *j, const struct shard_entry *e)
 {
     const struct shard_entry *old = journal_find(j, e->shard);
@@ -76,8 +82,7 @@ static int line_accept(struct journal *j, const struct shard_manifest *m, const 
     if (strcmp(prev, j->prev))
         return fail(ERR_INPUT, "%s: the line at byte %lld does not follow the line before it%s; " SHARD_REMEDY, j->path, (long long)j->offset,
                     j->offset ? "" : ", here the manifest: one of the two files was changed or comes from another dataset");
-    if (e.shard < 0 || e.shard >= shard_count(m) || e.rows != shard_rows(m, e.shard) || e.tokens != e.rows * m->row_length || e.targets < 0 ||
-        e.targets > e.tokens || e.bytes > (int64_t)shard_bytes(m, e.shard) || e.bytes < (int64_t)shard_least_bytes(m, e.shard))
+    if (!entry_possible(m, &e))
         return fail(ERR_INPUT, "%s: the line at byte %lld tells of a shard %lld that the manifest does not allow (%lld rows, %lld bytes); " SHARD_REMEDY,
                     j->path, (long long)j->offset, (long long)e.shard, (long long)e.rows, (long long)e.bytes);
     TRY(entry_add(j, &e));
@@ -124,6 +129,50 @@ out:
     free(text);
     if (fd >= 0) close(fd);
     return rc;
+}
+
+int journal_scan(const char *path, const struct shard_manifest *m, const char *id, void (*line)(void *, int64_t, const struct shard_entry *, int, const char *), void *context,
+                 int64_t *torn)
+{
+    int rc = OK;
+    char *text = NULL, expected[SHA256_HEX], prev[SHA256_HEX];
+    size_t bytes = 0;
+    *torn = 0;
+    if (!path_exists(path)) return OK;
+    TRY(file_read(path, (size_t)LINE_MAX_BYTES * (2 * SHARD_MAX_SHARDS + 2), &text, &bytes));
+    memcpy(expected, id, SHA256_HEX);
+    for (char *at = text, *end = text + bytes; at < end;) {
+        struct shard_entry e;
+        char *newline = memchr(at, '\n', (size_t)(end - at));
+        if (!newline) {
+            *torn = end - at;
+            break;
+        }
+        size_t n = (size_t)(newline + 1 - at);
+        bool readable = line_parse(at, n, &e, prev);
+        if (!readable) line(context, at - text, NULL, ERR_INPUT, "is no line of a journal, or its crc does not match");
+        else if (!entry_possible(m, &e)) line(context, at - text, NULL, ERR_INPUT, "tells of a shard that the manifest does not allow");
+        else if (strcmp(prev, expected)) line(context, at - text, &e, ERR_INPUT, at == text ? "does not follow from the manifest" : "does not follow the line before it");
+        else line(context, at - text, &e, OK, NULL);
+        sha256_of(at, n, expected);                              /* what follows is judged by what is there */
+        at += n;
+    }
+out:
+    free(text);
+    return rc;
+}
+
+char *journal_text(const struct shard_entry *entries, int64_t n, const char *id, size_t *bytes)
+{
+    char *text = xmalloc((size_t)n * LINE_MAX_BYTES + 1), prev[SHA256_HEX];
+    *bytes = 0;
+    memcpy(prev, id, SHA256_HEX);
+    for (int64_t i = 0; i < n; i++) {
+        size_t length = (size_t)line_format(text + *bytes, &entries[i], prev);
+        sha256_of(text + *bytes, length, prev);
+        *bytes += length;
+    }
+    return text;
 }
 
 int journal_append(struct journal *j, int fd, const struct shard_entry *e)

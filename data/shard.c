@@ -244,6 +244,15 @@ out:
 
 char *shard_path(const char *dir, int64_t shard) { return xasprintf("%s/shards/shard-%06lld.h5", dir, (long long)shard); }
 
+int64_t shard_name_parse(const char *name)
+{
+    long long shard;
+    char again[64];
+    if (sscanf(name, "shard-%18lld.h5", &shard) != 1 || shard < 0) return -1;
+    snprintf(again, sizeof again, "shard-%06lld.h5", shard);
+    return strcmp(name, again) ? -1 : shard;
+}
+
 static int plain_open(int *fd, int64_t *size, const char *path, int64_t bytes)
 {
     int rc = OK;

@@ -83,7 +83,8 @@ int64_t shard_count(const struct shard_manifest *m);
 int64_t shard_first_row(const struct shard_manifest *m, int64_t shard);
 int64_t shard_rows(const struct shard_manifest *m, int64_t shard); /* the last one may be shorter */
 size_t  shard_bytes(const struct shard_manifest *m, int64_t shard);/* memory and (nearly) file size; kind sampled: at most */
-/* Starts shard `n`, not sealed yet, claiming it unless shard_writer_claim did (ERR_IO: another process has it); then exactly shard_rows() calls of put, in row order, then seal. put copies, and checks the row as a reader
+/* Starts shard `n`, not sealed yet, claiming it unless shard_writer_claim did (ERR_IO: another process has it); then exactly shard_rows() calls of put,
+ * in row order, then seal. put copies, and checks the row as a reader
  * will: NaN, Inf, mass that is not 1, ids out of range are ERR_NUMERIC. A failed seal leaves no file; the writer then has to be opened again. */
 int shard_writer_begin(struct shard_writer *w, int64_t shard);
 int shard_writer_put(struct shard_writer *w, const struct shard_row *row);
@@ -108,6 +109,14 @@ int  shard_dataset_read(struct shard_dataset *d, int64_t row, struct shard_row *
 void shard_dataset_verify_on_touch(struct shard_dataset *d, bool on);
 /* Re-reads every sealed shard: SHA-256, structure, CRCs, ranges. Prints nothing; ERR_INPUT with the first fault. */
 int  shard_dataset_verify(struct shard_dataset *d);
+/* Everything in the directory, each fault on its own (shard_scrub.c). `found` is called in order of journal lines, then shards, then other files;
+ * status OK: no fault, but worth knowing; shard -1: of no shard. */
+struct shard_scrub { int64_t sealed, sound, missing, rows, faults, foreign /* of them: of another dataset */, unreadable, aside, adopted; bool mended; };
+typedef void shard_found(void *context, int64_t shard, int status, const char *text);
+/* Fails only when the directory cannot be read. repair: alone with the dataset (ERR_IO: a writer is there), files that fail are renamed to .quarantine,
+ * whole files without a line get one, and the journal is written anew, the old one kept beside it when any of its lines is not in the new one. */
+int  shard_dataset_scrub(const char *dir, bool repair, shard_found *found, void (*progress)(void *context, int64_t done, int64_t all) /* may be NULL */, void *context,
+                         struct shard_scrub *out);
 struct shard_entry { int64_t shard, rows, tokens /* rows * L */, targets /* supervised */, bytes; char sha256[SHA256_HEX]; };
 int64_t shard_dataset_entries(const struct shard_dataset *d, const struct shard_entry **entries);   /* sealed, in journal order; valid until a refresh */
 char *shard_dataset_path(const struct shard_dataset *d, int64_t shard);                              /* malloc'd */

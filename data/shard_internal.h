@@ -12,7 +12,7 @@
 #endif
 
 #define SHARD_FORMAT "distill-logit-shards"
-#define SHARD_REMEDY "restore it from a copy or dump into a new directory"
+#define SHARD_REMEDY "restore it from a copy, or let distill inspect DATASET --repair set aside what is broken and teacher-dump make it again"
 enum { SHARD_VERSION = 1, SHARD_ALIGNMENT = 4096 };
 
 /* ---- manifest.c: manifest.json, and the layout that follows from it ---- */
@@ -66,6 +66,11 @@ void journal_free(struct journal *j);
 int journal_refresh(struct journal *j, const struct shard_manifest *m);
 /* `fd` is open for appending. One write, one fsync. */
 int journal_append(struct journal *j, int fd, const struct shard_entry *e);
+/* Every line on its own, for a scrub: `line` gets its place, its values unless they cannot be read, and what is wrong with it (NULL: nothing). *torn as above. */
+int journal_scan(const char *path, const struct shard_manifest *m, const char *id, void (*line)(void *context, int64_t at, const struct shard_entry *e, int status, const char *fault),
+                 void *context, int64_t *torn);
+/* The lines of these entries, chained anew. malloc'd */
+char *journal_text(const struct shard_entry *entries, int64_t n, const char *id, size_t *bytes);
 static inline const struct shard_entry *journal_find(const struct journal *j, int64_t shard)
 {
     return j->entry_of[shard] ? &j->entries[j->entry_of[shard] - 1] : NULL;
@@ -106,6 +111,7 @@ void shard_file_close(struct shard_file *f);
 int  shard_file_read(const struct shard_file *f, const struct shard_manifest *m, int64_t row /* within the shard */, bool deep, struct shard_row *out);
 /* Reads every row with every check; *targets = supervised positions. */
 int  shard_file_check_rows(const struct shard_file *f, const struct shard_manifest *m, int64_t *targets);
+int64_t shard_name_parse(const char *name);   /* shard-NNNNNN.h5 -> N; -1: no shard's name */
 uint32_t shard_row_crc_start(int64_t row);   /* over the row's number in the dataset: a row in another's place is not that row */
 
 /* ---- shard_check.c ---- */

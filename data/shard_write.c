@@ -232,11 +232,9 @@ static int shards_settle(struct shard_writer *w)
     TRY(dir_list(w->shards, &names, &n));
     for (int i = 0; i < n && rc == OK; i++) {
         long long shard;
-        char again[64];
         bool taken, temporary = sscanf(names[i], ".tmp-shard-%18lld.h5-", &shard) == 1;
-        if (!temporary && sscanf(names[i], "shard-%18lld.h5", &shard) != 1) continue;
-        snprintf(again, sizeof again, "shard-%06lld.h5", shard);
-        if (shard < 0 || (!temporary && strcmp(names[i], again))) continue;   /* quarantined, or not ours */
+        if (!temporary) shard = shard_name_parse(names[i]);
+        if (shard < 0) continue;                                              /* quarantined, or not ours */
         if (shard >= shard_count(&w->manifest)) {
             if (!w->ranged) rc = beyond_settle(w, names[i], shard);
             continue;
@@ -565,6 +563,7 @@ static int skeleton_write(const struct shard_writer *w, const char *path, int64_
     const struct shard_manifest *m = &w->manifest;
     bool ok;
     pthread_mutex_lock(&hdf5_lock);
+    H5dont_atexit();                              /* a file that could not be written is tried again at exit, and that ends in a crash (1.10) */
     H5open();
     H5PLset_loading_state(0);                     /* no code from HDF5_PLUGIN_PATH */
     H5Eset_auto2(H5E_DEFAULT, NULL, NULL);        /* no messages of its own; the setting is per thread in thread-safe builds */

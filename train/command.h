@@ -6,6 +6,7 @@
 #include "train/config.h"
 
 int command_teacher_dump(int argc, char **argv);
+int command_import_logits(int argc, char **argv);
 int command_train(int argc, char **argv);
 int command_eval(int argc, char **argv);
 int command_generate(int argc, char **argv);

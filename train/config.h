@@ -55,7 +55,7 @@ struct config {
 };
 
 /* Which keys a command reads: shown by its --help. */
-enum command_id { CMD_TEACHER_DUMP, CMD_TRAIN, CMD_EVAL, CMD_GENERATE, CMD_EXPORT, CMD_BENCH, CMD_TOKENIZER_TRAIN, CMD_CONFIG_COUNT };
+enum command_id { CMD_TEACHER_DUMP, CMD_TRAIN, CMD_EVAL, CMD_GENERATE, CMD_EXPORT, CMD_BENCH, CMD_TOKENIZER_TRAIN, CMD_IMPORT_LOGITS, CMD_CONFIG_COUNT };
 
 /* The defaults. */
 struct config *config_new(void);

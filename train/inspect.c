@@ -244,7 +244,12 @@ static int inspect_path(struct report *r, const struct inspect_options *o)
     int64_t shard;
     int rc;
     if (!path_exists(path)) return fail(ERR_IO, "%s: no such file or directory", path);
-    if (path_is_dir(path) && holds(path, "manifest.json")) return inspect_dataset(r, o, path, -1);
+    bool dataset = path_is_dir(path) && holds(path, "manifest.json");
+    if (!dataset && (o->verify || o->repair || o->against || o->end_row)) return fail(ERR_USAGE, "%s: --verify, --repair, --against and --rows need a dataset's directory", path);
+    if (o->verify || o->repair) return inspect_verify(r, o);
+    if (o->against) return inspect_against(r, o);
+    if (o->end_row) return inspect_rows(o);
+    if (dataset) return inspect_dataset(r, o, path, -1);
     if (!path_is_dir(path) && is_shard(path, &dir, &shard)) {
         rc = inspect_dataset(r, o, dir, shard);
         free(dir);
@@ -261,7 +266,8 @@ static int inspect_path(struct report *r, const struct inspect_options *o)
 
 static void print_help(void)
 {
-    printf("distill inspect PATH [--row R] [--top N] [--tokenizer DIR] [--json]\n\n"
+    printf("distill inspect PATH [--row R] [--top N] [--tokenizer DIR] [--json]\n"
+           "distill inspect DATASET --verify | --repair | --against MODEL | --rows A:B --jsonl\n\n"
            "Reads and validates everything in PATH and says what is in it. PATH is\n"
            "  a model directory or a checkpoint: architecture, parameters, types, tokenizer; every value is read, NaN and Inf are counted (exit code 5)\n"
            "  a dataset of logit shards, or one shard file: identity, rows, bytes per token, percentiles of the kept mass\n"
@@ -270,6 +276,13 @@ static void print_help(void)
            "  --top N          teacher choices shown per position, default 5\n"
            "  --tokenizer DIR  tokenizer.json or its directory, to show tokens as text; without it they are ids\n"
            "  --json           one JSON object instead of text\n\n"
+           "  --verify         read a whole dataset and tell every fault: journal chain, SHA-256, structure, CRC, ranges, order and mass of every row, files that\n"
+           "                   are missing, twice there or from elsewhere. Exit code 3, or 6 when everything found is from another dataset, 4 when a disk fails\n"
+           "  --repair         the same, then set what is broken aside (renamed to .quarantine, nothing is deleted), enter whole shards that the journal lacks,\n"
+           "                   and write the journal anew. The next teacher-dump makes exactly the missing shards. Not while a teacher-dump or a train uses the dataset\n"
+           "  --against MODEL  run MODEL (a directory) over sampled rows and report the noise of the stored targets: KL(stored || recomputed), agreement of the\n"
+           "                   first choice and of the K best. With --sample ROWS (default 8), --seed S, --device cpu|cuda, --threads N\n"
+           "  --rows A:B       with --jsonl: rows A to B-1, a JSON object per line: tokens, mask, documents, and per position the ids with their log-probabilities\n\n"
            "Examples:\n    distill inspect run/checkpoints/step-00002000\n    distill inspect logits --row 3 --tokenizer teacher\n");
 }
 
@@ -283,9 +296,20 @@ static int parse_int(const char *flag, const char *value, int64_t low, int64_t h
     return OK;
 }
 
+static int parse_range(const char *value, int64_t *first, int64_t *end)
+{
+    long long a, b;
+    int used = 0;
+    if (sscanf(value, "%18lld:%18lld%n", &a, &b, &used) != 2 || value[used] || a < 0 || b <= a)
+        return fail(ERR_USAGE, "--rows %s: is not a range A:B of rows, B the first that is left out", value);
+    *first = a;
+    *end = b;
+    return OK;
+}
+
 int command_inspect(int argc, char **argv)
 {
-    struct inspect_options o = {.row = -1, .top = 5};
+    struct inspect_options o = {.row = -1, .top = 5, .sample = 8, .seed = 1, .device = "cpu"};
     struct report r = {.root = json_object()};
     int64_t top = o.top;
     int rc = OK;
@@ -293,15 +317,26 @@ int command_inspect(int argc, char **argv)
         const char *a = argv[i], *value = i + 1 < argc ? argv[i + 1] : NULL;
         if (!strcmp(a, "--help") || !strcmp(a, "-h")) { print_help(); goto out; }
         else if (!strcmp(a, "--json")) r.json = true;
+        else if (!strcmp(a, "--jsonl")) o.jsonl = true;
+        else if (!strcmp(a, "--verify")) o.verify = true;
+        else if (!strcmp(a, "--repair")) o.repair = true;
         else if (a[0] != '-' && !o.path) o.path = a;
         else if (a[0] != '-') { rc = fail(ERR_USAGE, "takes one path; %s is a second one", a); goto out; }
         else if (!value) { rc = fail(ERR_USAGE, "%s is unknown or needs a value; see distill inspect --help", a); goto out; }
         else if (!strcmp(a, "--row")) { TRY(parse_int(a, value, 0, INT64_MAX, &o.row)); i++; }
         else if (!strcmp(a, "--top")) { TRY(parse_int(a, value, 1, 256, &top)); o.top = (int)top; i++; }
         else if (!strcmp(a, "--tokenizer")) { o.tokenizer = value; i++; }
+        else if (!strcmp(a, "--rows")) { TRY(parse_range(value, &o.first_row, &o.end_row)); i++; }
+        else if (!strcmp(a, "--against")) { o.against = value; i++; }
+        else if (!strcmp(a, "--device")) { o.device = value; i++; }
+        else if (!strcmp(a, "--sample")) { TRY(parse_int(a, value, 1, INT32_MAX, &o.sample)); i++; }
+        else if (!strcmp(a, "--seed")) { TRY(parse_int(a, value, 0, INT64_MAX, &o.seed)); i++; }
+        else if (!strcmp(a, "--threads")) { TRY(parse_int(a, value, 0, 4096, &o.threads)); i++; }
         else { rc = fail(ERR_USAGE, "unknown option %s; see distill inspect --help", a); goto out; }
     }
     if (!o.path) { rc = fail(ERR_USAGE, "no path given; see distill inspect --help"); goto out; }
+    if (!o.jsonl != !o.end_row) { rc = fail(ERR_USAGE, "--rows A:B and --jsonl go together; see distill inspect --help"); goto out; }
+    if ((o.verify || o.repair) + (o.against != NULL) + (o.end_row != 0) + (o.row >= 0) > 1) { rc = fail(ERR_USAGE, "--verify or --repair, --against, --rows and --row are different questions: ask one at a time"); goto out; }
     rc = inspect_path(&r, &o);
     if (r.json && json_object_size(r.root)) {            /* what was found before a failure is worth reading */
         json_dumpf(r.root, stdout, JSON_INDENT(2) | JSON_REAL_PRECISION(9));

@@ -27,11 +27,18 @@ struct inspect_options {
     const char *path, *tokenizer;  /* tokenizer NULL: none given */
     int64_t row;                   /* -1: no row */
     int top;                       /* teacher choices shown per position */
+    bool verify, repair, jsonl;
+    int64_t first_row, end_row;    /* --rows; end 0: not given */
+    const char *against, *device;  /* a model's directory; where it runs */
+    int64_t sample, seed, threads; /* rows compared with it */
 };
 
 int inspect_model(struct report *r, const struct inspect_options *o);
 /* `path` is the dataset's directory; shard -1: all of it. */
 int inspect_dataset(struct report *r, const struct inspect_options *o, const char *path, int64_t shard);
+int inspect_verify(struct report *r, const struct inspect_options *o);     /* --verify, --repair */
+int inspect_against(struct report *r, const struct inspect_options *o);    /* --against */
+int inspect_rows(const struct inspect_options *o);                         /* --rows --jsonl: to stdout, a line per row */
 
 /* "1.50 GiB", "12 B" into a static buffer of this thread; four may be in use at a time */
 const char *bytes_text(int64_t bytes);

@@ -14,6 +14,7 @@ static const struct { const char *name; int (*run)(int, char **); const char *su
     {"tokenizer-train", command_tokenizer_train, "learn a byte-level BPE tokenizer from a corpus"},
     {"tokenize", command_tokenize, "text in, ids out"},
     {"teacher-dump", command_teacher_dump, "run the teacher once over the corpus and write logit shards"},
+    {"import-logits", command_import_logits, "make shards from log-probabilities that another program captured (JSONL)"},
     {"train", command_train, "train a student on shards (or a model on plain text)"},
     {"eval", command_eval, "compare student and teacher on held-out text"},
     {"generate", command_generate, "continue a prompt"},

@@ -10,7 +10,8 @@
 #include "data/shard.h"
 
 /* commands, one letter each, so that a row stays a row */
-enum { D = 1 << CMD_TEACHER_DUMP, T = 1 << CMD_TRAIN, E = 1 << CMD_EVAL, G = 1 << CMD_GENERATE, X = 1 << CMD_EXPORT, B = 1 << CMD_BENCH, V = 1 << CMD_TOKENIZER_TRAIN };
+enum { D = 1 << CMD_TEACHER_DUMP, T = 1 << CMD_TRAIN, E = 1 << CMD_EVAL, G = 1 << CMD_GENERATE, X = 1 << CMD_EXPORT, B = 1 << CMD_BENCH, V = 1 << CMD_TOKENIZER_TRAIN,
+       I = 1 << CMD_IMPORT_LOGITS };
 
 #define EXACT_MAX 9007199254740992.0   /* 2^53: every whole number up to it is a double, so JSON and YAML readers keep it */
 #define MANY 1e12                      /* more rows, steps or tokens than any run has */
@@ -30,20 +31,20 @@ const struct option options[] = {
     TEXT  ("run.dir", run_dir, "run", T | E | G | X | B, "directory of this run: checkpoints, metrics, the resolved configuration; bench: where its temporary files are"),
     CHOICE("run.device", run_device, "cpu", "cpu|cuda", NULL, D | T | E | G | X | B, "where the arithmetic runs"),
     WHOLE ("run.threads", run_threads, "0", 0, 4096, D | T | E | G | X | B | V, "CPU threads; 0: all cores"),
-    WHOLE ("run.seed", run_seed, "1", 0, EXACT_MAX, D | T | E, "seed of everything random: order of documents and rows, initial weights"),
+    WHOLE ("run.seed", run_seed, "1", 0, EXACT_MAX, D | T | E | I, "seed of everything random: order of documents and rows, initial weights"),
     SWITCH("run.resume", run_resume, "false", T, "go on from the last checkpoint in run.dir, as --resume does"),
 
-    TEXT  ("teacher.path", teacher_path, "", D | T | E | B, "Hugging Face directory of the teacher"),
+    TEXT  ("teacher.path", teacher_path, "", D | T | E | B | I, "Hugging Face directory of the teacher"),
     CHOICE("teacher.weights", teacher_weights, "auto", "auto|resident|streamed", NULL, D | B,
            "streamed: blocks wait in host memory and come onto the device one after another while it computes; auto: streamed where the device cannot hold them all"),
 
-    CHOICE("student.init", student_init, "hf", "hf|checkpoint|scratch|teacher", NULL, T,
+    CHOICE("student.init", student_init, "hf", "hf|checkpoint|scratch|teacher", NULL, D | T,
            "first weights: a Hugging Face directory, a checkpoint, random by student.config, or layers of the teacher"),
-    TEXT  ("student.path", student_path, "", T | B, "the directory for student.init hf and checkpoint"),
+    TEXT  ("student.path", student_path, "", D | T | B, "the directory for student.init hf and checkpoint"),
     TEXT  ("student.config", student_config, "", T | B, "config.json of the student for student.init scratch"),
     WHOLE ("student.keep_every", student_keep_every, "2", 1, 1000, T, "student.init teacher: keep every n-th layer"),
 
-    TEXT  ("tokenizer.path", tokenizer_path, "", D | T | E | G | X | V, "tokenizer.json or its directory; empty: the model's own (tokenizer-train: where to write it)"),
+    TEXT  ("tokenizer.path", tokenizer_path, "", D | T | E | G | X | V | I, "tokenizer.json or its directory; empty: the model's own (tokenizer-train: where to write it)"),
     WHOLE ("tokenizer.vocab_size", tokenizer_vocab_size, "4096", 257, 262144, V, "tokens of a new tokenizer, special tokens included"),
 
     TEXTS ("corpus.files", corpus_files, "", D | T | E | V, "list of paths, globs and directories (searched for *.txt *.md *.jsonl)"),
@@ -51,23 +52,23 @@ const struct option options[] = {
     CHOICE("corpus.document", corpus_document, "file", "file|line|paragraph", NULL, D | T | E | V, "what one document of a text file is; blank lines part paragraphs"),
     TEXT  ("corpus.text_field", corpus_text_field, "text", D | T | E | V, "JSONL: the field that holds the text"),
     TEXT  ("corpus.ids_field", corpus_ids_field, "ids", D | T | E, "JSONL: the field that holds token ids"),
-    TEXT  ("corpus.mask_field", corpus_mask_field, "mask", D | T | E, "JSONL with ids: the optional field that marks the tokens to learn with 1"),
-    WHOLE ("corpus.row_length", corpus_row_length, "512", 2, 65535, D | T | E | B, "tokens of a row; documents fill rows end to end"),
+    TEXT  ("corpus.mask_field", corpus_mask_field, "mask", D | T | E | I, "JSONL with ids: the optional field that marks the tokens to learn with 1"),
+    WHOLE ("corpus.row_length", corpus_row_length, "512", 2, 65535, D | T | E | B | I, "tokens of a row; documents fill rows end to end"),
     SWITCH("corpus.append_eos", corpus_append_eos, "true", D | T | E, "end every text with the tokenizer's end-of-text token, which is learnt"),
     SWITCH("corpus.prepend_bos", corpus_prepend_bos, "false", D | T | E, "begin every text with the tokenizer's begin-of-text token"),
     REAL  ("corpus.heldout_fraction", corpus_heldout_fraction, "0.02", 0, 0.5, D | T | E, "share of the documents kept for evaluation, chosen by a hash of their content"),
     SWITCH("corpus.shuffle", corpus_shuffle, "true", D | T | E, "shuffle documents (by run.seed) before they are packed"),
-    WHOLE ("corpus.max_rows", corpus_max_rows, "0", 0, MANY, D | T | E, "use at most this many rows; 0: all"),
+    WHOLE ("corpus.max_rows", corpus_max_rows, "0", 0, MANY, D | T | E | I, "use at most this many rows; 0: all"),
     WHOLE ("corpus.max_document_tokens", corpus_max_document_tokens, "0", 0, MANY, D | T | E, "cut longer documents; 0: never"),
 
-    TEXT  ("shards.path", shards_path, "logits", D | T | E, "directory of the teacher's logits, written by teacher-dump and read by train"),
+    TEXT  ("shards.path", shards_path, "logits", D | T | E | I, "directory of the teacher's logits, written by teacher-dump and read by train"),
     TEXT  ("shards.heldout_path", shards_heldout_path, "", D | T | E, "the same for held-out rows; empty: shards.path with -heldout added"),
     CHOICE("shards.kind", shards_kind, "hybrid", "hybrid|topk|sampled|full", NULL, D | B, "what is stored per position: the K best and m draws from the rest, the K best alone, N draws from everything, all logits"),
-    WHOLE ("shards.k", shards_k, "32", 1, SHARD_MAX_K, D | B, "hybrid, topk: how many of the teacher's best tokens are stored"),
+    WHOLE ("shards.k", shards_k, "32", 1, SHARD_MAX_K, D | B | I, "hybrid, topk: how many of the teacher's best tokens are stored"),
     WHOLE ("shards.m", shards_m, "32", 1, SHARD_MAX_DRAWS, D | B, "hybrid: how many tokens are drawn from those outside the K best"),
     WHOLE ("shards.draws", shards_draws, "50", 1, SHARD_MAX_DRAWS, D | B, "sampled: how many tokens are drawn; those drawn twice are stored once"),
-    REALS ("shards.temperatures", shards_temperatures, "1.0", 0.01, 100, D | B, "temperatures a student may train at (sampled: one); log-probabilities are stored at the first, draws are made at it"),
-    WHOLE ("shards.rows_per_shard", shards_rows_per_shard, "64", 1, 1e6, D | B, "rows of one shard file"),
+    REALS ("shards.temperatures", shards_temperatures, "1.0", 0.01, 100, D | B | I, "temperatures a student may train at (sampled: one); log-probabilities are stored at the first, draws are made at it"),
+    WHOLE ("shards.rows_per_shard", shards_rows_per_shard, "64", 1, 1e6, D | B | I, "rows of one shard file"),
     SWITCH("shards.follow", shards_follow, "false", T, "train while the dump is still running: wait for shards that are not there yet"),
     REAL  ("shards.wait_s", shards_wait_s, "0", 0, 1e9, T, "shards.follow: give up after this many seconds without a new shard; 0: never"),
 

@@ -9,13 +9,14 @@
 #include "data/shard.h"
 #include "train/command.h"
 #include "train/dump_pipeline.h"
+#include "train/dump_plan.h"
 #include "train/load.h"
 #include "train/progress.h"
 #include "train/signals.h"
 #include "train/student.h"
 
 struct shard_range { int64_t first, end; };    /* end 0: every shard that nobody else makes, by locks; -1: every shard, without */
-struct dump_flags { bool dry_run, bad_range; struct shard_range range; };
+struct dump_flags { bool dry_run, no_measure, no_space_check, bad_range; struct shard_range range; };
 
 struct dump {
     const struct config *c;
@@ -227,19 +228,80 @@ static void print_plan(const struct dump *d)
     memory_print(d->pipeline->plan, stdout);
 }
 
+/* What is still to be written, and whether there is room for it. */
+static int check_space(struct dump *d, const char *heldout, int64_t *bytes)
+{
+    const struct config *c = d->c;
+    struct shard_manifest m;
+    int64_t free_bytes = plan_bytes_free(c->shards_path);
+    *bytes = 0;
+    make_manifest(d, d->train, &m);
+    if (m.rows) *bytes += plan_bytes_missing(c->shards_path, &m);
+    if (d->heldout && d->heldout->rows) {
+        make_manifest(d, d->heldout, &m);
+        *bytes += plan_bytes_missing(heldout, &m);
+    }
+    if (free_bytes < 0) { printf("disk      %.2f GiB to be written at most; how much is free is not known\n", (double)*bytes / 0x1p30); return OK; }
+    printf("disk      %.2f GiB to be written at most, %.2f GiB free\n", (double)*bytes / 0x1p30, (double)free_bytes / 0x1p30);
+    if (*bytes <= free_bytes || d->flags.no_space_check) return OK;
+    return fail(ERR_IO, "%s: %lld bytes are to be written and %lld are free: free some, choose another shards.path, store less per token (shards.kind, shards.k), or insist with --no-space-check",
+                c->shards_path, (long long)*bytes, (long long)free_bytes);
+}
+
+/* A pass of the plan ends nowhere. */
+static int nowhere_begin(void *context, int64_t shard) { (void)context; (void)shard; return OK; }
+static int nowhere_put(void *context, const struct shard_row *row) { (void)context; (void)row; return OK; }
+static int nowhere_seal(void *context) { (void)context; return OK; }
+
+static int plan_passes(void *context, int64_t first_row, int64_t rows)
+{
+    struct dump *d = context;
+    struct dump_sink nowhere = {NULL, nowhere_begin, nowhere_put, nowhere_seal};
+    int64_t L = d->train->length, n;
+    int rc = OK, finished;
+    dump_start(d->pipeline, &nowhere, d->files->path);
+    for (int64_t row = first_row; rc == OK && row < first_row + rows; row += n) {
+        n = first_row + rows - row < d->pipeline->o.batch_rows ? first_row + rows - row : d->pipeline->o.batch_rows;
+        rc = dump_submit(d->pipeline, 0, row == first_row, row + n == first_row + rows, row, n, d->train->tokens + row * L, d->train->loss_mask + row * L, d->train->document + row * L);
+    }
+    finished = dump_finish(d->pipeline);
+    return rc != OK ? rc : finished;
+}
+
+/* Rate and table of a few batches; the weights are loaded. */
+static int measure(struct dump *d)
+{
+    struct shard_manifest m;
+    int64_t heldout = d->heldout ? d->heldout->rows : 0;
+    make_manifest(d, d->train, &m);
+    struct dump_plan p = {.c = d->c, .model = d->pipeline->model, .rows = d->train, .manifest = &m, .tokens = (d->train->rows + heldout) * d->train->length,
+                          .batch_rows = d->pipeline->o.batch_rows, .passes = plan_passes, .context = d};
+    return dump_plan_measure(&p);
+}
+
 static int run(struct dump *d)
 {
     const struct config *c = d->c;
     int rc = OK;
-    char *heldout = heldout_shards_path(c);
+    char *heldout = heldout_shards_path(c), *no_room = NULL;
     TRY(open_teacher(d));
     TRY(read_kind(d));
     TRY(plan_memory(d));
     print_plan(d);
-    if (d->flags.dry_run) goto out;
+    int64_t bytes;
+    int space = check_space(d, heldout, &bytes);
+    no_room = xstrdup(fail_message());
+    if (!d->flags.dry_run || d->flags.no_measure) TRY(space);
+    if (d->flags.no_measure) goto out;
+    fflush(stdout);
     TRY(dump_pipeline_ready(d->pipeline));
-    tensor_set_hash(d->files->tensors, d->weights_hash);
+    if (!d->flags.dry_run) tensor_set_hash(d->files->tensors, d->weights_hash);
     TRY(model_files_load(d->files, d->pipeline->model));
+    if (d->flags.dry_run) {
+        TRY(measure(d));
+        if (space != OK) rc = fail(space, "%s", no_room);           /* the plan first, then what is wrong with it */
+        goto out;
+    }
     TRY(dump_datasets(d, heldout));
     struct dump_stats stats = dump_stats(d->pipeline);
     if (stats.positions) {
@@ -249,6 +311,7 @@ static int run(struct dump *d)
         printf("; %lld padding columns masked, they held %.2e of the mass\n", (long long)(d->files->config->vocab_size - d->Vv), stats.padding_mass / (double)stats.positions);
     }
 out:
+    free(no_room);
     free(heldout);
     return rc;
 }
@@ -259,11 +322,13 @@ static int take_flag(void *context, int argc, char **argv, int *i)
     long long first, end;
     int used = 0;
     if (!strcmp(argv[*i], "--dry-run")) { f->dry_run = true; return 1; }
+    if (!strcmp(argv[*i], "--no-measure")) { f->dry_run = f->no_measure = true; return 1; }
+    if (!strcmp(argv[*i], "--no-space-check")) { f->no_space_check = true; return 1; }
     if (strcmp(argv[*i], "--shards")) return 0;
-    f->bad_range = *i + 1 == argc || sscanf(argv[*i + 1], "%18lld:%18lld%n", &first, &end, &used) != 2 || argv[*i + 1][used] || first < 0 || end <= first;
-    if (f->bad_range) return 1;
-    f->range = (struct shard_range){first, end};
-    ++*i;
+    if (*i + 1 == argc) { f->bad_range = true; return 1; }
+    const char *range = argv[++*i];
+    f->bad_range = sscanf(range, "%18lld:%18lld%n", &first, &end, &used) != 2 || range[used] || first < 0 || end <= first;
+    if (!f->bad_range) f->range = (struct shard_range){first, end};
     return 1;
 }
 
@@ -274,7 +339,10 @@ int command_teacher_dump(int argc, char **argv)
     int help, rc = OK;
     TRY(command_config(argc, argv, CMD_TEACHER_DUMP, "Runs the teacher once over the corpus and writes its targets into HDF5 shards. Run it again to go on where it stopped; several at once share the work.",
                        "distill teacher-dump configs/quickstart/distill.yaml", take_flag, &d.flags,
-                       "  --dry-run      print the plan (bytes per token, memory, FLOPs) and stop\n"
+                       "  --dry-run      print the plan and stop: bytes per token, memory, FLOPs, disk, and from a few batches the hours and a table of what K, m and N cost\n"
+                       "                 in gradient error. Exit code 4 when the shards do not fit on the disk\n"
+                       "  --no-measure   with --dry-run: without the batches, so that no weight is read\n"
+                       "  --no-space-check   dump although the disk seems too small\n"
                        "  --shards A:B   make shards A to B-1 and no others, without relying on locks: for job arrays on file systems whose locks do not reach other\n"
                        "                 machines. Every process needs a range of its own; afterwards distill inspect DATASET --repair enters the shards in the journal\n", &c, &help));
     if (help) goto out;

@@ -76,5 +76,5 @@ expect_exit 4 'no such file' "$distill" inspect nowhere
 expect_exit 2 'none of what inspect reads' "$distill" inspect text.txt
 expect_exit 2 'no path' "$distill" inspect
 expect_exit 2 'whole number' "$distill" inspect logits --row 1x
-expect_exit 2 'unknown' "$distill" inspect logits --rows 1
+expect_exit 2 'unknown' "$distill" inspect logits --columns 1
 finish

@@ -83,6 +83,27 @@ static inline const char *python_with_h5py(void)
     return python;
 }
 
+static inline bool same_entry(const struct shard_entry *e, const struct shard_entry *f)
+{
+    return e->shard == f->shard && e->rows == f->rows && e->tokens == f->tokens && e->targets == f->targets && e->bytes == f->bytes && !strcmp(e->sha256, f->sha256);
+}
+
+/* The same shards in both journals, whatever the order. */
+static inline void same_entries(const char *a, const char *b, const char *why)
+{
+    struct shard_dataset *x, *y;
+    const struct shard_entry *e, *f;
+    OK_OR_DIE(shard_dataset_open(&x, a));
+    OK_OR_DIE(shard_dataset_open(&y, b));
+    cr_assert_str_eq(shard_dataset_id(x), shard_dataset_id(y));
+    int64_t n = shard_dataset_entries(x, &e), o = shard_dataset_entries(y, &f), same = 0;
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t j = 0; j < o; j++) same += same_entry(&e[i], &f[j]);
+    cr_assert(n == o && same == n, "%s: the journals of %s and %s list other shards", why, a, b);
+    shard_dataset_close(x);
+    shard_dataset_close(y);
+}
+
 static inline int read_everything(const char *dir, bool hash)
 {
     int rc = OK;

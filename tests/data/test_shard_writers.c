@@ -54,19 +54,8 @@ static int ended(pid_t pid)
 /* The same shards, manifest and lock; the journals list the same files, whatever the order. */
 static void same_dataset(const char *a, const char *b, const char *why)
 {
-    struct shard_dataset *x, *y;
-    const struct shard_entry *e, *f;
     OK_OR_DIE(verify(b));
-    OK_OR_DIE(shard_dataset_open(&x, a));
-    OK_OR_DIE(shard_dataset_open(&y, b));
-    cr_assert_str_eq(shard_dataset_id(x), shard_dataset_id(y));
-    int64_t n = shard_dataset_entries(x, &e), o = shard_dataset_entries(y, &f), same = 0;
-    cr_assert_eq(n, o, "%s: %d and %d shards", why, (int)n, (int)o);
-    for (int64_t i = 0; i < n; i++)
-        for (int64_t j = 0; j < o; j++) same += e[i].shard == f[j].shard && e[i].targets == f[j].targets && e[i].bytes == f[j].bytes && !strcmp(e[i].sha256, f[j].sha256);
-    cr_assert_eq(same, n, "%s: the journals list different shards", why);
-    shard_dataset_close(x);
-    shard_dataset_close(y);
+    same_entries(a, b, why);
     const char *parts[] = {"shards", "manifest.json", ".lock"};
     for (int i = 0; i < 3; i++) same_tree(kept_path(a, parts[i]), kept_path(b, parts[i]), why);
     cr_assert_eq(path_size(kept_path(a, "journal.jsonl")), path_size(kept_path(b, "journal.jsonl")), "%s", why);
