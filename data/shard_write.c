@@ -372,6 +372,7 @@ static int skeleton_write(const struct shard_writer *w, const char *path, int64_
     const struct shard_manifest *m = &w->manifest;
     bool ok;
     pthread_mutex_lock(&hdf5_lock);
+    H5dont_atexit();                              /* of a file whose close failed (a full disk) it would try again at exit, and die of it */
     H5open();
     H5PLset_loading_state(0);                     /* no code from HDF5_PLUGIN_PATH */
     H5Eset_auto2(H5E_DEFAULT, NULL, NULL);        /* no messages of its own; the setting is per thread in thread-safe builds */
