@@ -4,6 +4,8 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -182,5 +184,28 @@ int dir_remove_tree(const char *path)
     } else if (unlink(path)) rc = fail_errno(ERR_IO, "%s: cannot remove", path);
 out:
     names_free(names, n);
+    return rc;
+}
+
+int file_remove_leftovers(const char *path)
+{
+    int rc = OK, n = 0;
+    const char *slash = strrchr(path, '/');
+    char *parent = slash ? xstrndup(path, slash == path ? 1 : (size_t)(slash - path)) : xstrdup("."), **names = NULL;
+    char *prefix = xasprintf("%s.tmp-", slash ? slash + 1 : path), *end;
+    TRY(dir_list(parent, &names, &n));
+    for (int i = 0; i < n; i++) {
+        if (strncmp(names[i], prefix, strlen(prefix))) continue;
+        long pid = strtol(names[i] + strlen(prefix), &end, 10);
+        if (pid <= 0 || (*end && strncmp(end, ".tmp-", 5)) || pid == getpid() || !kill((pid_t)pid, 0) || errno != ESRCH) continue;
+        char *leftover = path_join(parent, names[i]);
+        rc = dir_remove_tree(leftover);
+        free(leftover);
+        if (rc != OK) goto out;
+    }
+out:
+    names_free(names, n);
+    free(parent);
+    free(prefix);
     return rc;
 }

@@ -15,6 +15,8 @@ int file_pread(int fd, void *data, size_t bytes, int64_t offset, const char *pat
 int file_write_all(int fd, const void *data, size_t bytes, const char *path);
 /* path.tmp-PID, write, fsync, rename, fsync of the directory: the old file or the new one, never a mix. */
 int file_replace(const char *path, const void *data, size_t bytes);
+/* Removes path.tmp-PID (and what grew from it) of processes that are gone: a process killed in file_replace() cannot do it itself. */
+int file_remove_leftovers(const char *path);
 int file_sync_dir(const char *dir);                 /* fsync a directory so that renames in it last */
 int file_sync_path(const char *path);
 int dir_make(const char *path);                     /* mkdir -p */

@@ -59,6 +59,7 @@ static const struct rule { const char *key; enum rule_kind kind; unsigned famili
         NULL},
     {"tokenizer_class", HARMLESS, ALL, 0, NULL}, {"unsloth_version", HARMLESS, ALL, 0, NULL}, {"unsloth_fixed", HARMLESS, ALL, 0, NULL},
     {"transformers.js_config", HARMLESS, ALL, 0, NULL}, {"max_sequence_length", HARMLESS, ALL, 0, NULL}, {"model_max_length", HARMLESS, ALL, 0, NULL},
+    {"is_llama_config", HARMLESS, LLAMA, 0, NULL},   /* SmolLM */
     {"return_dict", HARMLESS, ALL, 0, NULL}, {"output_attentions", HARMLESS, ALL, 0, NULL}, {"output_hidden_states", HARMLESS, ALL, 0, NULL},
     {"torchscript", HARMLESS, ALL, 0, NULL}, {"use_bfloat16", HARMLESS, ALL, 0, NULL}, {"is_decoder", HARMLESS, ALL, 0, NULL},
     {"tie_encoder_decoder", HARMLESS, ALL, 0, NULL}, {"task_specific_params", HARMLESS, ALL, 0, NULL}, {"problem_type", HARMLESS, ALL, 0, NULL},

@@ -185,7 +185,12 @@ int checkpoint_save(const char *run_dir, const struct model *m, const struct opt
     TRY(file_sync_dir(dir));
     TRY(prune(dir, s->step, keep));
 out:
-    if (rc != OK) fail_in(rc, "checkpoint of step %lld", (long long)s->step);
+    if (rc != OK) {
+        char *why = xstrdup(fail_message());
+        dir_remove_tree(temporary);                  /* on a full disk it would hold the room that is wanted */
+        fail(rc, "checkpoint of step %lld: %s", (long long)s->step, why);
+        free(why);
+    }
     free(dir);
     free(temporary);
     free(final);

@@ -10,7 +10,6 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <math.h>
-#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -342,28 +341,6 @@ static char *parent_of(const char *path)
     return slash ? xstrndup(path, slash == path ? 1 : (size_t)(slash - path)) : xstrdup(".");
 }
 
-/* Temporary exports under this name whose process is gone. */
-static int remove_leftovers(const char *path)
-{
-    int rc = OK, n = 0;
-    char *parent = parent_of(path), **names = NULL, *prefix = xasprintf("%s.tmp-", strrchr(path, '/') ? strrchr(path, '/') + 1 : path), *end;
-    TRY(dir_list(parent, &names, &n));
-    for (int i = 0; i < n; i++) {
-        if (strncmp(names[i], prefix, strlen(prefix))) continue;
-        long pid = strtol(names[i] + strlen(prefix), &end, 10);
-        if (pid <= 0 || (*end && strncmp(end, ".tmp-", 5)) || pid == getpid() || !kill((pid_t)pid, 0) || errno != ESRCH) continue;
-        char *leftover = path_join(parent, names[i]);
-        rc = dir_remove_tree(leftover);
-        free(leftover);
-        if (rc != OK) goto out;
-    }
-out:
-    names_free(names, n);
-    free(parent);
-    free(prefix);
-    return rc;
-}
-
 static int already_there(const char *path) { return fail(ERR_USAGE, "%s: exists and is not overwritten; remove it or set export.path to another name", path); }
 
 /* Atomic, and never over something: not even over an empty directory, which a plain rename would replace. */
@@ -446,7 +423,7 @@ int export_run(const struct export_options *o)
     if (o->gguf) TRY(export_gguf_check(e.files, e.tokenizer, o->tokenizer_dir));
     TRY(make_prompt(&e));
     TRY(dir_make(parent));
-    TRY(remove_leftovers(e.path));
+    TRY(file_remove_leftovers(e.path));
     TRY(backend_open(&e.be, &o->backend));
     printf("exporting     %s: %s to %s %s\n", o->model, architecture_name(e.files->config->arch), o->gguf ? "gguf" : "safetensors", gguf_dtype_name(o->dtype));
     TRY(run_source(&e));

@@ -1,4 +1,5 @@
 /* distill: the command line. Prints what failed once and turns the status into the exit code. */
+#include <signal.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -33,22 +34,27 @@ static void usage(FILE *f)
                "Exit codes: 0 done, 2 usage or configuration, 3 broken input, 4 I/O, 5 numeric, 6 inputs that do not belong together, 75 stopped and resumable.\n");
 }
 
+/* Has everything on standard output arrived? A full disk behind a redirection is found here. */
+static int printed(const char *what)
+{
+    if (!fflush(stdout) && !ferror(stdout)) return OK;
+    fprintf(stderr, "distill %s: standard output: cannot be written\n", what);
+    return ERR_IO;
+}
+
 int main(int argc, char **argv)
 {
     cpu_prepare_process(argv);
+    signal(SIGXFSZ, SIG_IGN);      /* a limit on file sizes (ulimit -f) is an error of the write that meets it, with a message, and no death */
     if (argc < 2) { usage(stderr); return ERR_USAGE; }
-    if (!strcmp(argv[1], "--help") || !strcmp(argv[1], "-h") || !strcmp(argv[1], "help")) { usage(stdout); return OK; }
-    if (!strcmp(argv[1], "--version")) { printf("distill %s\n", DISTILL_VERSION); return OK; }
-    if (!strcmp(argv[1], "--config-reference")) { config_print_markdown(stdout); return OK; }   /* the README's table is made of this */
+    if (!strcmp(argv[1], "--help") || !strcmp(argv[1], "-h") || !strcmp(argv[1], "help")) { usage(stdout); return printed("--help"); }
+    if (!strcmp(argv[1], "--version")) { printf("distill %s\n", DISTILL_VERSION); return printed("--version"); }
+    if (!strcmp(argv[1], "--config-reference")) { config_print_markdown(stdout); return printed("--config-reference"); }   /* the README's table is made of this */
     for (int i = 0; i < N_COMMANDS; i++) {
         if (strcmp(argv[1], commands[i].name)) continue;
         int rc = commands[i].run(argc - 1, argv + 1);
         if (rc != OK && fail_message()[0]) fprintf(stderr, "distill %s: %s\n", commands[i].name, fail_message());
-        if (rc == OK && (fflush(stdout) || ferror(stdout))) {
-            fprintf(stderr, "distill %s: standard output: cannot be written\n", commands[i].name);
-            return ERR_IO;
-        }
-        return rc;
+        return rc == OK ? printed(commands[i].name) : rc;
     }
     fprintf(stderr, "distill: unknown command %s; see distill --help\n", argv[1]);
     return ERR_USAGE;

@@ -182,6 +182,7 @@ static int open_run_dir(struct trainer *t)
     int rc = OK;
     char *yaml = path_join(t->c->run_dir, "run.yaml");
     TRY(dir_make(t->c->run_dir));
+    TRY(file_remove_leftovers(yaml));
     TRY(config_write(t->c, yaml));
     TRY(metrics_open(&t->metrics, t->c->run_dir, t->state.step));
 out:

@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include "base/error.h"
@@ -110,6 +111,20 @@ Test(file, directories)
     cr_assert(!path_exists(a) && path_exists(kept));                  /* the link went, not what it points to */
     cr_assert_eq(dir_remove_tree(a), OK);
     free(deep); free(file); free(link); free(a); free(outside); free(kept);
+}
+
+Test(file, leftovers)
+{
+    char *path = path_join(dir, "run.yaml"), *other = path_join(dir, "other.yaml.tmp-1"), *mine = xasprintf("%s.tmp-%d", path, (int)getpid()), *word = xasprintf("%s.tmp-old", path);
+    pid_t dead = fork();
+    if (dead == 0) _exit(0);
+    cr_assert(waitpid(dead, NULL, 0) == dead);
+    char *left = xasprintf("%s.tmp-%d", path, (int)dead), *alive = xasprintf("%s.tmp-%d", path, (int)getppid());
+    char *all[] = {path, other, mine, word, left, alive};
+    for (int i = 0; i < 6; i++) cr_assert_eq(file_replace(all[i], "x", 1), OK);
+    cr_assert_eq(file_remove_leftovers(path), OK);
+    for (int i = 0; i < 6; i++) cr_expect_eq(path_exists(all[i]), all[i] != left, "%s", all[i]);     /* what a living process or nobody writes stays */
+    for (int i = 0; i < 6; i++) free(all[i]);
 }
 
 Test(file, sizes)

@@ -49,6 +49,16 @@ expect_exit 4 'nowhere' "$distill" teacher-dump config.yaml --set teacher.path=n
 expect_exit 2 'nothing.*txt' "$distill" teacher-dump config.yaml --set 'corpus.files=[nothing*.txt]'
 touch file && expect_exit 4 'file' "$distill" train config.yaml --set run.dir=file/run
 
+# a full standard output, a limit on the size of files: said, with nothing left half-written
+if [ -w /dev/full ]; then
+    expect_exit 4 'standard output' bash -c "'$distill' --help >/dev/full"
+    expect_exit 4 'standard output' bash -c "'$distill' inspect teacher >/dev/full"
+fi
+expect_exit 4 'too large' bash -c "ulimit -f 8; '$distill' teacher-dump config.yaml --set shards.path=limited"
+expect_exit 4 'too large' bash -c "ulimit -f 8; '$distill' export config.yaml --set export.model=teacher --set export.path=limited-export"
+expect_exit 4 'checkpoint of step 2.*too large' bash -c "ulimit -f 8; '$distill' train config.yaml --set run.dir=limited-run --set train.steps=2 --set train.eval_every=0"
+[ -z "$(find limited* -name '*tmp*')" ] || fail "left behind under a limit on file sizes: $(find limited* -name '*tmp*')"
+
 expect_exit 4 'may use 0.00 GiB; the largest part is .*make .* smaller' "$distill" train config.yaml --set memory.limit_gib=0.0001 --set run.dir=x
 
 # 5: numbers that are none, before they are stored or change a weight

@@ -211,6 +211,9 @@ Test(model_config, defaults_of_each_family)
                            "\"attention_dropout\":0,\"partial_rotary_factor\":1.0,\"torch_dtype\":\"float32\",\"temperature\":0.6}");
     cr_expect_eq(c->hidden_size, 64);
     model_config_free(c);
+    c = read_changed(tiny, "{\"architectures\":[\"LlamaForCausalLM\"],\"is_llama_config\":true,\"rope_interleaved\":false}");   /* as SmolLM says */
+    cr_expect_eq(c->arch, ARCH_LLAMA);
+    model_config_free(c);
 }
 
 Test(model_config, sliding_windows)
