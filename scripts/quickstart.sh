@@ -118,8 +118,8 @@ fi
 say "7/7 the result"
 for model in teacher student control; do
     printf '%s goes on from "%s":\n' "$model" "${prompt:-The}"
-    $distill generate $configs/distill.yaml --set generate.model=quickstart/$model --prompt "${prompt:-The}"
-    echo
+    $distill generate $configs/distill.yaml --set generate.model=quickstart/$model --prompt "${prompt:-The}" 2>quickstart/generate.log || { cat quickstart/generate.log >&2; exit 1; }
+    printf '\n\n'
 done
 run $distill eval $configs/distill.yaml --set eval.max_rows=0 --set eval.json=quickstart/eval.json --model distilled=quickstart/student --model control=quickstart/control
 scripts/plot_curves.sh quickstart/eval.json distilled=quickstart/student-run control=quickstart/control-run >quickstart/curves.svg.part
