@@ -88,7 +88,7 @@ elif [ ${#texts[@]} -gt 0 ] && [ "$(printf '%s\n' "${texts[@]}")" != "$(cat quic
 else echo "quickstart/text is there: $(find quickstart/text -name '*.txt' | wc -l) documents"
 fi
 # For the samples. Words of the text itself when it is the user's.
-if [ -n "$(cat quickstart/text/.taken_from)" ]; then prompt=$(head -qn1 quickstart/text/0000[0-4]?.txt | awk 'NF > 4 { print $1, $2, $3, $4; exit }')
+if [ -n "$(cat quickstart/text/.taken_from)" ]; then prompt=$(head -qn1 quickstart/text/0000[0-4]?.txt | awk 'NF > 4 && !n++ { print $1, $2, $3, $4 }')
 else prompt="The function returns"; fi
 
 say "3/7 a tokenizer for it"
