@@ -2,8 +2,10 @@
  *
  * Forward: a block per row, the row in registers between the sum of squares and the scaling. s is rounded to the storage type
  * before anything is computed from it, so that a recomputation from the stored s gives the same bits.
- * Backward: persistent blocks walk over rows with the next row's loads in flight; every thread owns columns and keeps their part
- * of dw in registers, written once per block to scratch and added up in block order. */
+ * Backward: persistent blocks walk over rows with the next rows' loads in flight; every thread owns columns and keeps their part
+ * of dw in registers, written once per block to scratch and added up in block order. Where registers hold one row ahead, too little is
+ * in flight to fill the memory system, so rows of 16-byte vectors come through a ring in shared memory, asynchronously; each thread
+ * reads what it asked for itself, so the ring needs no barrier. */
 #include "kernels/cuda/common.cuh"
 
 enum { FORWARD_THREADS = 1024, BACKWARD_THREADS = 512 };   /* 64 and 128 registers */
@@ -83,8 +85,15 @@ __device__ __forceinline__ void load_row(norm_row<T, W, VPT> &row, const T *dy, 
     }
 }
 
-/* dx may be dy or dres: a thread has read its columns of a row before it writes them, and nobody else reads them. */
-template <typename T, int W, int VPT>
+__device__ __forceinline__ void copy_16_async(void *shared, const void *global)
+{
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"((unsigned)__cvta_generic_to_shared(shared)), "l"(global));
+}
+__device__ __forceinline__ void close_group() { asm volatile("cp.async.commit_group;"); }
+template <int N> __device__ __forceinline__ void wait_for_all_but() { asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory"); }
+
+/* dx may be dy or dres: a thread has read its columns of a row before it writes them, and nobody else reads them. RING: rows in flight, 0: one, in registers. */
+template <typename T, int W, int VPT, int RING>
 __global__ void __launch_bounds__(BACKWARD_THREADS) rmsnorm_backward_kernel(T *dx, float *part, const T *dres, const T *dy, const T *x, const T *__restrict__ w, const float *rstd,
                                                                        int64_t N, int C)
 {
@@ -97,11 +106,41 @@ __global__ void __launch_bounds__(BACKWARD_THREADS) rmsnorm_backward_kernel(T *d
         if (c < C) weights[v] = load_packed<T, W>(w + c);
     }
     norm_row<T, W, VPT> row, next;
-    int turn = 0;
-    load_row<T, W, VPT>(next, dy, x, dres, rstd, blockIdx.x, C);
+    int turn = 0, place = 0;
+    extern __shared__ __align__(16) unsigned char ring[];
+    auto slot = [&](int stage, int tensor, int v) { return reinterpret_cast<T *>(ring + ((size_t)((stage * 3 + tensor) * VPT + v) * blockDim.x + threadIdx.x) * 16); };
+    auto ask = [&](int64_t n, int stage) {
+        #pragma unroll
+        for (int v = 0; v < VPT; v++) {
+            int c = (threadIdx.x + v * blockDim.x) * W;
+            if (n >= N || c >= C) continue;
+            copy_16_async(slot(stage, 0, v), dy + n * C + c);
+            copy_16_async(slot(stage, 1, v), x + n * C + c);
+            if (dres) copy_16_async(slot(stage, 2, v), dres + n * C + c);
+        }
+        close_group();                                      /* an empty one too: they are counted */
+    };
+    if constexpr (RING) {
+        for (int i = 0; i < RING - 1; i++) ask(blockIdx.x + (int64_t)i * gridDim.x, i);
+        next.rstd = rstd[blockIdx.x];
+    } else load_row<T, W, VPT>(next, dy, x, dres, rstd, blockIdx.x, C);
     for (int64_t n = blockIdx.x; n < N; n += gridDim.x) {
-        row = next;
-        if (n + gridDim.x < N) load_row<T, W, VPT>(next, dy, x, dres, rstd, n + gridDim.x, C);
+        if constexpr (RING) {
+            ask(n + (int64_t)(RING - 1) * gridDim.x, (place + RING - 1) % RING);
+            wait_for_all_but<RING - 1>();
+            row.rstd = next.rstd;
+            if (n + gridDim.x < N) next.rstd = rstd[n + gridDim.x];
+            #pragma unroll
+            for (int v = 0; v < VPT; v++) {
+                row.dy[v] = load_packed<T, W>(slot(place, 0, v));
+                row.x[v] = load_packed<T, W>(slot(place, 1, v));
+                row.dres[v] = load_packed<T, W>(slot(place, 2, v));
+            }
+            place = (place + 1) % RING;
+        } else {
+            row = next;
+            if (n + gridDim.x < N) load_row<T, W, VPT>(next, dy, x, dres, rstd, n + gridDim.x, C);
+        }
         float dot = 0;
         #pragma unroll
         for (int v = 0; v < VPT; v++) {
@@ -170,7 +209,11 @@ static void launch_backward(struct backend *be, act *dx, grad *dw, const act *dr
     int threads = threads_for(div_up(C, W), VPT);
     int64_t blocks = backward_blocks(s, N, threads);
     float *part = (float *)cuda_scratch(be, (size_t)(blocks * C) * sizeof(float));
-    rmsnorm_backward_kernel<T, W, VPT><<<(unsigned)blocks, threads, 0, s->stream>>>((T *)dx, part, (const T *)dres, (const T *)dy, (const T *)x, (const T *)w, rstd, N, (int)C);
+    constexpr int RING = W * sizeof(T) != 16 || VPT > 2 ? 0 : VPT == 1 ? 4 : 2;      /* two blocks' rings fit a multiprocessor */
+    auto kernel = rmsnorm_backward_kernel<T, W, VPT, RING>;
+    size_t ring = (size_t)RING * 3 * VPT * (size_t)threads * 16;
+    if (ring > 40 << 10) CUDA_CHECK(cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)ring));
+    kernel<<<(unsigned)blocks, threads, ring, s->stream>>>((T *)dx, part, (const T *)dres, (const T *)dy, (const T *)x, (const T *)w, rstd, N, (int)C);
     CUDA_CHECK(cudaGetLastError());
     cuda_add_partials(be, dw, part, blocks, C);
 }
