@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
 # Learning curves as an SVG on standard output, from the metrics.jsonl of runs:
 #
-#   scripts/plot_curves.sh EVAL_JSON NAME=RUN_DIR...      EVAL_JSON of distill eval: a dashed line at the teacher's held-out loss; '' for none
+#   scripts/plot_curves.sh TEACHER_RUN NAME=RUN_DIR...    a dashed line at the last held-out loss of TEACHER_RUN; '' for none. All on the same rows.
 #
 # Solid: cross entropy on held-out rows. Faint: on the rows being learnt, averaged over 1/40 of the run.
 set -euo pipefail
 [ $# -ge 2 ] || { sed -n '2,6s/^# \{0,1\}//p' "$0" >&2; exit 2; }
-eval_json=$1
+teacher_run=$1 teacher=
 shift
+[ -z "$teacher_run" ] || teacher=$(sed -n 's|.*"heldout/ce": \([0-9.]*\).*|\1|p' "$teacher_run/metrics.jsonl" | tail -n1)
 for run in "$@"; do
     name=${run%%=*} file=${run#*=}/metrics.jsonl
     [ -s "$file" ] || { echo "plot_curves: $file: not there or empty" >&2; exit 4; }
     sed "s/^/$name /" "$file"
-done | awk -v teacher="$( { [ -z "$eval_json" ] || tr -d ' \n' <"$eval_json" | grep -o '"name":"teacher"[^}]*"loss":[0-9.]*' | grep -o '[0-9.]*$'; } || true)" '
+done | awk -v teacher="$teacher" '
     function value(key,    at, rest) {                 # of "key": number in this line; "" where there is none
         at = index($0, "\"" key "\": ")
         if (!at) return ""

@@ -122,14 +122,14 @@ for model in teacher student control; do
     printf '\n\n'
 done
 run $distill eval $configs/distill.yaml --set eval.max_rows=0 --set eval.json=quickstart/eval.json --model distilled=quickstart/student --model control=quickstart/control
-scripts/plot_curves.sh quickstart/eval.json distilled=quickstart/student-run control=quickstart/control-run >quickstart/curves.svg.part
+scripts/plot_curves.sh quickstart/teacher-run distilled=quickstart/student-run control=quickstart/control-run >quickstart/curves.svg.part
 mv quickstart/curves.svg.part quickstart/curves.svg
 
 cat <<END
 
 $PWD/quickstart/
   student/      the distilled model, a Hugging Face directory that transformers and vLLM read; teacher/ and control/ likewise
-  curves.svg    held-out loss of student and control over the steps, and the teacher's; open it in a browser
+  curves.svg    loss of student and control on 40 held-out rows over the steps, and the teacher's; open it in a browser
   eval.json     the table above
   logits/       the teacher's targets: HDF5 shards, see data/FORMAT.md
   *-run/        metrics.jsonl, TensorBoard events, checkpoints

@@ -37,6 +37,7 @@ __global__ void __launch_bounds__(32 * PART_ROWS) add_partials_kernel(G *dw, con
     __shared__ float shared[PART_ROWS][33];
     int64_t c = (int64_t)blockIdx.x * 32 + threadIdx.x;
     float sum = 0;
+    cudaGridDependencySynchronize();                        /* the partial sums are there: see the launcher */
     if (c < C) {
         #pragma unroll 9
         for (int p = threadIdx.y; p < parts; p += PART_ROWS) sum += part[p * C + c];
@@ -105,8 +106,17 @@ extern "C" void cuda_sum_rows(struct backend *be, double *sum, const float *x, i
 
 extern "C" void cuda_add_partials(struct backend *be, grad *dw, const float *part, int64_t parts, int64_t C)
 {
-    DISPATCH(be->grad_dtype, G, add_partials_kernel<G><<<(unsigned)div_up(C, 32), dim3(32, PART_ROWS), 0, cuda_state_of(be)->stream>>>((G *)dw, part, (int)parts, C));
-    CUDA_CHECK(cudaGetLastError());
+    /* launched while the kernel that writes the parts is still running, so that the launch itself costs nothing; the kernel waits for them */
+    cudaLaunchAttribute early = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t launch = {};
+    launch.gridDim = dim3((unsigned)div_up(C, 32));
+    launch.blockDim = dim3(32, PART_ROWS);
+    launch.stream = cuda_state_of(be)->stream;
+    launch.attrs = &early;
+    launch.numAttrs = 1;
+    DISPATCH(be->grad_dtype, G, CUDA_CHECK(cudaLaunchKernelEx(&launch, add_partials_kernel<G>, (G *)dw, part, (int)parts, C)));
 }
 
 /* rows per block: 64 turns of its rows of threads, or what makes at most 64 ranges */

@@ -302,13 +302,18 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) teacher_targets_kernel(target
         add(t < GONE ? GONE : t);
     }
     __syncthreads();
-    for (int h = threadIdx.x; h < BATCH * min(s.hits, LIST); h += THREADS) {
-        int vector = s.hit[h / BATCH] + h % BATCH * THREADS;
-        if (vector >= vectors) continue;
-        float t[W];
-        load<T, W>(t, row + vector * W);                    /* from the cache, mostly */
+    for (int h = threadIdx.x; h < min(s.hits, LIST); h += THREADS) {
+        packed<T, W> v[BATCH];                              /* again, from the cache mostly; all asked for at once */
+        int first = s.hit[h];
         #pragma unroll
-        for (int i = 0; i < W; i++) if (t[i] >= reached) take(t[i], vector * W + i);
+        for (int b = 0; b < BATCH; b++) v[b] = first + b * THREADS < vectors ? load_packed<T, W>(row + (first + b * THREADS) * W) : missing;
+        #pragma unroll
+        for (int b = 0; b < BATCH; b++) {
+            float t[W];
+            unpack<T, W>(t, v[b]);
+            #pragma unroll
+            for (int i = 0; i < W; i++) if (t[i] >= reached && first + b * THREADS < vectors) take(t[i], (first + b * THREADS) * W + i);
+        }
     }
     block_totals(s, sum, SLOTS + 1);
     int count = s.count;
