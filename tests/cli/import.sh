@@ -62,7 +62,7 @@ print(learnt, short)
 assert learnt > 200 and short > 50
 PY
 "$distill" inspect plain --rows 0:$(awk '/^done/ {print $2}' plain.log) --jsonl >rows.jsonl && python3 check.py >check.log || fail "rows differ from the capture: $(tail -3 check.log)"
-"$distill" train config.yaml --set shards.path=plain --set run.dir=run --set train.steps=2 --set train.eval_every=0 --set student.config=student-shape/config.json >train.log 2>&1 || fail "train on imported shards: $(tail -1 train.log)"
+"$distill" train config.yaml --set shards.k=6 --set shards.path=plain --set run.dir=run --set train.steps=2 --set train.eval_every=0 --set student.config=student-shape/config.json >train.log 2>&1 || fail "train on imported shards: $(tail -1 train.log)"
 
 # again: nothing to do; killed on the way: gone on with; another capture: refused
 cp -r plain before
