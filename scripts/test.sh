@@ -38,6 +38,15 @@ configure build -Dtests=true
 ninja -C build
 run_suite build
 
+# Nothing here runs it without a GPU (scripts/gpu.sh does, with one), but it has to compile.
+if [ $fast = 0 ] && command -v nvcc >/dev/null && configure build-cuda -Dcuda=enabled -Dtests=false; then
+    echo "== CUDA build"
+    if ninja -C build-cuda train/distill; then passed=$((passed + 1)); else failed=$((failed + 1)); fi
+elif [ $fast = 0 ]; then
+    echo "== CUDA build SKIPPED: no nvcc, cuBLASLt or cuDNN here"
+    skipped=$((skipped + 1))
+fi
+
 if [ $fast = 0 ]; then
     echo "== address and undefined-behaviour sanitizers"
     configure build-sanitize -Dtests=true -Dcuda=disabled -Dbuildtype=debugoptimized -Db_sanitize=address,undefined -Db_lundef=false
