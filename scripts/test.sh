@@ -39,7 +39,7 @@ ninja -C build
 run_suite build
 
 # Nothing here runs it without a GPU (scripts/gpu.sh does, with one), but it has to compile.
-if [ $fast = 0 ] && command -v nvcc >/dev/null && configure build-cuda -Dcuda=enabled -Dtests=false; then
+if [ $fast = 0 ] && command -v nvcc >/dev/null && (configure build-cuda -Dcuda=enabled -Dtests=false); then
     echo "== CUDA build"
     if ninja -C build-cuda train/distill; then passed=$((passed + 1)); else failed=$((failed + 1)); fi
 elif [ $fast = 0 ]; then

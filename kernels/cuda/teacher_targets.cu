@@ -28,7 +28,7 @@ struct targets_out { int32_t *head_ids; float *head_logprob, *lse, *tail_logmass
 struct targets_shared {
     unsigned long long list[LIST];      /* (ordered logit, ~id): descending order is the ranking */
     unsigned long long sorted[SORTED];  /* of the list, what the head is taken from */
-    int hit[LIST], hits;                /* first vectors of batches that hold a logit for the list */
+    int hit[LIST], hits;                /* batches that hold a logit for the list: first vector, and a bit for each that does */
     int reach[32], reaching;
     double partial[THREADS / 32][MAX_T + 2], total[MAX_T + 2], lse[MAX_T + 1];
     unsigned histogram[256];
@@ -264,13 +264,20 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) teacher_targets_kernel(target
         }
         if (below) sum[SLOTS] = fmaf(y0, e0, sum[SLOTS]);
     };
-    /* Nearly every warp has a hit among its 32 x BATCH vectors: one note for all of a thread's. */
+    /* Nearly every warp has a hit among its 32 x BATCH vectors: one note for all of a thread's, with a bit for each. Whoever opened all of them would read a quarter
+     * of the row twice, from memory: 500 rows in flight are more than the cache holds. */
     auto consume = [&](packed<T, W> (&v)[BATCH], int at) {
         #pragma unroll
         for (int b = 0; b < BATCH; b++) make_finite<T, W>(v[b]);
         if (largest<T, W, BATCH>(v) >= reached) {
+            int bits = 0;
+            #pragma unroll
+            for (int b = 0; b < BATCH; b++) {
+                const packed<T, W> one[1] = {v[b]};
+                bits |= (largest<T, W, 1>(one) >= reached) << b;
+            }
             int to = atomicAdd(&s.hits, 1);
-            if (to < LIST) s.hit[to] = at;
+            if (to < LIST) s.hit[to] = at << BATCH | bits;
         }
         #pragma unroll
         for (int b = 0; b < BATCH; b++) {
@@ -303,16 +310,17 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) teacher_targets_kernel(target
     }
     __syncthreads();
     for (int h = threadIdx.x; h < min(s.hits, LIST); h += THREADS) {
-        packed<T, W> v[BATCH];                              /* again, from the cache mostly; all asked for at once */
-        int first = s.hit[h];
+        packed<T, W> v[BATCH];
+        int first = s.hit[h] >> BATCH, bits = s.hit[h];
         #pragma unroll
-        for (int b = 0; b < BATCH; b++) v[b] = first + b * THREADS < vectors ? load_packed<T, W>(row + (first + b * THREADS) * W) : missing;
+        for (int b = 0; b < BATCH; b++) if (bits >> b & 1 && first + b * THREADS < vectors) v[b] = load_packed<T, W>(row + (first + b * THREADS) * W);
         #pragma unroll
         for (int b = 0; b < BATCH; b++) {
+            if (!(bits >> b & 1) || first + b * THREADS >= vectors) continue;
             float t[W];
             unpack<T, W>(t, v[b]);
             #pragma unroll
-            for (int i = 0; i < W; i++) if (t[i] >= reached && first + b * THREADS < vectors) take(t[i], (first + b * THREADS) * W + i);
+            for (int i = 0; i < W; i++) if (t[i] >= reached) take(t[i], (first + b * THREADS) * W + i);
         }
     }
     block_totals(s, sum, SLOTS + 1);
