@@ -198,8 +198,6 @@ static int set_scalar(struct config *c, const struct option *o, const char *wher
     case OPTION_REAL:   return set_real(o, where, text, member(c, o));
     case OPTION_SWITCH: return set_switch(o, where, text, member(c, o));
     case OPTION_CHOICE:
-        if (o->coming && option_lists(o->coming, text))
-            return fail(ERR_USAGE, "%s: %s: %s is not in this version; choose one of %s", where, o->key, text, o->choices);
         if (!option_lists(o->choices, text)) return fail(ERR_USAGE, "%s: %s must be one of %s, not '%s'", where, o->key, o->choices, shown(text));
         /* fall through */
     case OPTION_TEXT:

@@ -16,29 +16,29 @@ enum { D = 1 << CMD_TEACHER_DUMP, T = 1 << CMD_TRAIN, E = 1 << CMD_EVAL, G = 1 <
 #define EXACT_MAX 9007199254740992.0   /* 2^53: every whole number up to it is a double, so JSON and YAML readers keep it */
 #define MANY 1e12                      /* more rows, steps or tokens than any run has */
 
-#define TEXT(name, member, value, commands, help)            {name, OPTION_TEXT, offsetof(struct config, member), value, 0, 0, false, false, NULL, NULL, commands, help}
-#define TEXTS(name, member, value, commands, help)           {name, OPTION_TEXTS, offsetof(struct config, member), value, 0, 0, false, false, NULL, NULL, commands, help}
-#define SWITCH(name, member, value, commands, help)          {name, OPTION_SWITCH, offsetof(struct config, member), value, 0, 0, false, false, NULL, NULL, commands, help}
-#define WHOLE(name, member, value, low, high, commands, help) {name, OPTION_WHOLE, offsetof(struct config, member), value, low, high, false, false, NULL, NULL, commands, help}
-#define REAL(name, member, value, low, high, commands, help)  {name, OPTION_REAL, offsetof(struct config, member), value, low, high, false, false, NULL, NULL, commands, help}
-#define ABOVE(name, member, value, low, high, commands, help) {name, OPTION_REAL, offsetof(struct config, member), value, low, high, true, false, NULL, NULL, commands, help}
-#define BELOW(name, member, value, low, high, commands, help) {name, OPTION_REAL, offsetof(struct config, member), value, low, high, false, true, NULL, NULL, commands, help}
-#define INSIDE(name, member, value, low, high, commands, help) {name, OPTION_REAL, offsetof(struct config, member), value, low, high, true, true, NULL, NULL, commands, help}
-#define REALS(name, member, value, low, high, commands, help) {name, OPTION_REALS, offsetof(struct config, member), value, low, high, false, false, NULL, NULL, commands, help}
-#define CHOICE(name, member, value, choices, coming, commands, help) {name, OPTION_CHOICE, offsetof(struct config, member), value, 0, 0, false, false, choices, coming, commands, help}
+#define TEXT(name, member, value, commands, help)            {name, OPTION_TEXT, offsetof(struct config, member), value, 0, 0, false, false, NULL, commands, help}
+#define TEXTS(name, member, value, commands, help)           {name, OPTION_TEXTS, offsetof(struct config, member), value, 0, 0, false, false, NULL, commands, help}
+#define SWITCH(name, member, value, commands, help)          {name, OPTION_SWITCH, offsetof(struct config, member), value, 0, 0, false, false, NULL, commands, help}
+#define WHOLE(name, member, value, low, high, commands, help) {name, OPTION_WHOLE, offsetof(struct config, member), value, low, high, false, false, NULL, commands, help}
+#define REAL(name, member, value, low, high, commands, help)  {name, OPTION_REAL, offsetof(struct config, member), value, low, high, false, false, NULL, commands, help}
+#define ABOVE(name, member, value, low, high, commands, help) {name, OPTION_REAL, offsetof(struct config, member), value, low, high, true, false, NULL, commands, help}
+#define BELOW(name, member, value, low, high, commands, help) {name, OPTION_REAL, offsetof(struct config, member), value, low, high, false, true, NULL, commands, help}
+#define INSIDE(name, member, value, low, high, commands, help) {name, OPTION_REAL, offsetof(struct config, member), value, low, high, true, true, NULL, commands, help}
+#define REALS(name, member, value, low, high, commands, help) {name, OPTION_REALS, offsetof(struct config, member), value, low, high, false, false, NULL, commands, help}
+#define CHOICE(name, member, value, choices, commands, help) {name, OPTION_CHOICE, offsetof(struct config, member), value, 0, 0, false, false, choices, commands, help}
 
 const struct option options[] = {
     TEXT  ("run.dir", run_dir, "run", T | E | G | X | B, "directory of this run: checkpoints, metrics, the resolved configuration; bench: where its temporary files are"),
-    CHOICE("run.device", run_device, "cpu", "cpu|cuda", NULL, D | T | E | G | X | B, "where the arithmetic runs"),
+    CHOICE("run.device", run_device, "cpu", "cpu|cuda", D | T | E | G | X | B, "where the arithmetic runs"),
     WHOLE ("run.threads", run_threads, "0", 0, 4096, D | T | E | G | X | B | V, "CPU threads; 0: all cores"),
     WHOLE ("run.seed", run_seed, "1", 0, EXACT_MAX, D | T | E | I, "seed of everything random: order of documents and rows, initial weights"),
     SWITCH("run.resume", run_resume, "false", T, "go on from the last checkpoint in run.dir, as --resume does"),
 
     TEXT  ("teacher.path", teacher_path, "", D | T | E | B | I, "Hugging Face directory of the teacher"),
-    CHOICE("teacher.weights", teacher_weights, "auto", "auto|resident|streamed", NULL, D | B,
+    CHOICE("teacher.weights", teacher_weights, "auto", "auto|resident|streamed", D | B,
            "streamed: blocks wait in host memory and come onto the device one after another while it computes; auto: streamed where the device cannot hold them all"),
 
-    CHOICE("student.init", student_init, "hf", "hf|checkpoint|scratch|teacher", NULL, D | T,
+    CHOICE("student.init", student_init, "hf", "hf|checkpoint|scratch|teacher", D | T,
            "first weights: a Hugging Face directory, a checkpoint, random by student.config, or layers of the teacher"),
     TEXT  ("student.path", student_path, "", D | T | B, "the directory for student.init hf and checkpoint"),
     TEXT  ("student.config", student_config, "", T | B, "config.json of the student for student.init scratch"),
@@ -48,8 +48,8 @@ const struct option options[] = {
     WHOLE ("tokenizer.vocab_size", tokenizer_vocab_size, "4096", 257, 262144, V, "tokens of a new tokenizer, special tokens included"),
 
     TEXTS ("corpus.files", corpus_files, "", D | T | E | V, "list of paths, globs and directories (searched for *.txt *.md *.jsonl)"),
-    CHOICE("corpus.format", corpus_format, "auto", "auto|text|jsonl|ids", NULL, D | T | E | V, "auto: .jsonl and .json by their fields, everything else is text"),
-    CHOICE("corpus.document", corpus_document, "file", "file|line|paragraph", NULL, D | T | E | V, "what one document of a text file is; blank lines part paragraphs"),
+    CHOICE("corpus.format", corpus_format, "auto", "auto|text|jsonl|ids", D | T | E | V, "auto: .jsonl and .json by their fields, everything else is text"),
+    CHOICE("corpus.document", corpus_document, "file", "file|line|paragraph", D | T | E | V, "what one document of a text file is; blank lines part paragraphs"),
     TEXT  ("corpus.text_field", corpus_text_field, "text", D | T | E | V, "JSONL: the field that holds the text"),
     TEXT  ("corpus.ids_field", corpus_ids_field, "ids", D | T | E, "JSONL: the field that holds token ids"),
     TEXT  ("corpus.mask_field", corpus_mask_field, "mask", D | T | E | I, "JSONL with ids: the optional field that marks the tokens to learn with 1"),
@@ -63,7 +63,7 @@ const struct option options[] = {
 
     TEXT  ("shards.path", shards_path, "logits", D | T | E | I, "directory of the teacher's logits, written by teacher-dump and read by train"),
     TEXT  ("shards.heldout_path", shards_heldout_path, "", D | T | E, "the same for held-out rows; empty: shards.path with -heldout added"),
-    CHOICE("shards.kind", shards_kind, "hybrid", "hybrid|topk|sampled|full", NULL, D | B, "what is stored per position: the K best and m draws from the rest, the K best alone, N draws from everything, all logits"),
+    CHOICE("shards.kind", shards_kind, "hybrid", "hybrid|topk|sampled|full", D | B, "what is stored per position: the K best and m draws from the rest, the K best alone, N draws from everything, all logits"),
     WHOLE ("shards.k", shards_k, "32", 1, SHARD_MAX_K, D | B | I, "hybrid, topk: how many of the teacher's best tokens are stored"),
     WHOLE ("shards.m", shards_m, "32", 1, SHARD_MAX_DRAWS, D | B, "hybrid: how many tokens are drawn from those outside the K best"),
     WHOLE ("shards.draws", shards_draws, "50", 1, SHARD_MAX_DRAWS, D | B, "sampled: how many tokens are drawn; those drawn twice are stored once"),
@@ -76,7 +76,7 @@ const struct option options[] = {
     WHOLE ("dump.chunk_tokens", dump_chunk_tokens, "1024", 1, 1048576, D | B, "positions whose logits exist at one time"),
 
     TEXT  ("objective.divergence", objective_divergence, "forward_kl", T, "distance from teacher to student: forward_kl, reverse_kl, jsd, skew_kl, tvd, or a weighted sum such as 0.7 forward_kl + 0.3 reverse_kl"),
-    CHOICE("objective.tail", objective_tail, "auto", "auto|unbiased|bucket|renormalise|drop", NULL, T,
+    CHOICE("objective.tail", objective_tail, "auto", "auto|unbiased|bucket|renormalise|drop", T,
            "teacher mass outside the K: estimated by draws (unbiased), one extra outcome, spread over the K (biased), dropped (biased); auto: bucket for topk, else unbiased"),
     INSIDE("objective.beta", objective_beta, "0.5", 0, 1, T, "jsd: weight of the teacher in the mixture"),
     BELOW ("objective.alpha", objective_alpha, "0.1", 0, 1, T, "skew_kl: share of the teacher in the mixture; 0 is forward_kl"),
@@ -92,18 +92,18 @@ const struct option options[] = {
     REAL  ("optimizer.weight_decay", optimizer_weight_decay, "0.1", 0, 10, T, "decoupled decay of every matrix (embeddings included) and of no vector"),
     REAL  ("optimizer.clip", optimizer_clip, "1.0", 0, 1e6, T, "largest global norm of the gradient; 0: no clipping"),
 
-    CHOICE("schedule.kind", schedule_kind, "cosine", "cosine|linear|constant|wsd", NULL, T, "learning rate after warm-up; wsd: constant, then linear over the last part"),
+    CHOICE("schedule.kind", schedule_kind, "cosine", "cosine|linear|constant|wsd", T, "learning rate after warm-up; wsd: constant, then linear over the last part"),
     WHOLE ("schedule.warmup_steps", schedule_warmup_steps, "0", 0, MANY, T, "steps over which the learning rate rises to optimizer.lr"),
     REAL  ("schedule.final_ratio", schedule_final_ratio, "0.1", 0, 1, T, "learning rate of the last step as a share of optimizer.lr"),
     ABOVE ("schedule.decay_fraction", schedule_decay_fraction, "0.2", 0, 1, T, "wsd: share of the steps in which the learning rate falls"),
 
-    CHOICE("train.source", train_source, "shards", "shards|corpus", NULL, T, "learn from the teacher's logits, or (corpus) from hard labels of the text, without a teacher"),
+    CHOICE("train.source", train_source, "shards", "shards|corpus", T, "learn from the teacher's logits, or (corpus) from hard labels of the text, without a teacher"),
     WHOLE ("train.steps", train_steps, "0", 0, MANY, T, "optimizer steps; 0: as many as train.epochs needs"),
     ABOVE ("train.epochs", train_epochs, "1", 0, 1e6, T, "passes over the rows when train.steps is 0"),
     WHOLE ("train.batch_rows", train_batch_rows, "16", 1, 1048576, T | B, "rows of one optimizer step"),
     WHOLE ("train.micro_rows", train_micro_rows, "4", 1, 65536, T | B, "rows of one forward and backward pass; gradients accumulate over batch_rows / micro_rows of them"),
     WHOLE ("train.chunk_tokens", train_chunk_tokens, "1024", 1, 1048576, T | E | B, "positions whose logits exist at one time"),
-    CHOICE("train.recompute", train_recompute, "none", "none|swiglu_norm|ffn|block", NULL, T | B, "activations computed again in backward to save memory; the result is the same to the bit"),
+    CHOICE("train.recompute", train_recompute, "none", "none|swiglu_norm|ffn|block", T | B, "activations computed again in backward to save memory; the result is the same to the bit"),
     WHOLE ("train.eval_every", train_eval_every, "0", 0, MANY, T, "steps between evaluations on held-out rows; 0: none"),
     WHOLE ("train.checkpoint_every", train_checkpoint_every, "0", 0, MANY, T, "steps between checkpoints; 0: only at the end"),
     WHOLE ("train.keep_checkpoints", train_keep_checkpoints, "2", 1, 1e6, T, "older checkpoints are removed"),
@@ -126,8 +126,8 @@ const struct option options[] = {
 
     TEXT  ("export.model", export_model, "", X, "model to export; empty: the run's last checkpoint"),
     TEXT  ("export.path", export_path, "", X, "where to write: a directory for safetensors, a file for gguf"),
-    CHOICE("export.format", export_format, "safetensors", "safetensors|gguf", NULL, X, "file format"),
-    CHOICE("export.dtype", export_dtype, "f32", "f32|f16|bf16|q8_0", NULL, X, "type of the weights; q8_0 in gguf only"),
+    CHOICE("export.format", export_format, "safetensors", "safetensors|gguf", X, "file format"),
+    CHOICE("export.dtype", export_dtype, "f32", "f32|f16|bf16|q8_0", X, "type of the weights; q8_0 in gguf only"),
     WHOLE ("export.max_file_mib", export_max_file_mib, "5000", 1, 1e9, X, "safetensors: larger models are split into files of this size"),
 
     WHOLE ("bench.steps", bench_steps, "20", 1, 1e6, B, "run at least this many steps"),

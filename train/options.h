@@ -19,7 +19,6 @@ struct option {
     double low, high;              /* of WHOLE, REAL and every item of REALS */
     bool above, below;             /* low, high themselves are outside */
     const char *choices;           /* CHOICE: "a|b|c" */
-    const char *coming;            /* CHOICE: "d|e", known and refused by name */
     unsigned commands;             /* bit 1 << enum command_id */
     const char *help;              /* one line */
 };
