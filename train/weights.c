@@ -22,8 +22,6 @@ act *weight_home_at(const struct backend *be, const struct weight_home *home, in
     return element(be, home->device, home->host && offset >= home->end ? offset - (home->end - home->begin) : offset);
 }
 
-int64_t weight_home_resident(const struct params *t, const struct weight_home *home) { return t->total - (home->host ? home->end - home->begin : 0); }
-
 static int cut(void *context, const struct tensor_view *v, int64_t offset)
 {
     struct pieces *p = context;

@@ -15,7 +15,6 @@ struct weight_home {
 
 /* Element `offset` of the table; *on_host says on which side. */
 act *weight_home_at(const struct backend *be, const struct weight_home *home, int64_t offset, bool *on_host);
-int64_t weight_home_resident(const struct params *t, const struct weight_home *home);    /* elements at `device` */
 
 /* What params_load() does, by several threads through pinned memory: reading, conversion and copying overlap. The same refusals. */
 int  weights_load(const struct params *t, struct backend *be, const struct weight_home *home, const struct tensor_set *set, const char *where, const int *layer_of);
