@@ -187,7 +187,7 @@ out:
     return rc;
 }
 
-int file_remove_leftovers(const char *path)
+int file_remove_leftovers(const char *path, bool alone)
 {
     int rc = OK, n = 0;
     const char *slash = strrchr(path, '/');
@@ -197,7 +197,8 @@ int file_remove_leftovers(const char *path)
     for (int i = 0; i < n; i++) {
         if (strncmp(names[i], prefix, strlen(prefix))) continue;
         long pid = strtol(names[i] + strlen(prefix), &end, 10);
-        if (pid <= 0 || (*end && strncmp(end, ".tmp-", 5)) || pid == getpid() || !kill((pid_t)pid, 0) || errno != ESRCH) continue;
+        if (pid <= 0 || (*end && strncmp(end, ".tmp-", 5)) || pid == getpid()) continue;
+        if (!alone && (!kill((pid_t)pid, 0) || errno != ESRCH)) continue;
         char *leftover = path_join(parent, names[i]);
         rc = dir_remove_tree(leftover);
         free(leftover);

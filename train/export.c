@@ -423,7 +423,7 @@ int export_run(const struct export_options *o)
     if (o->gguf) TRY(export_gguf_check(e.files, e.tokenizer, o->tokenizer_dir));
     TRY(make_prompt(&e));
     TRY(dir_make(parent));
-    TRY(file_remove_leftovers(e.path));
+    TRY(file_remove_leftovers(e.path, false));
     TRY(backend_open(&e.be, &o->backend));
     printf("exporting     %s: %s to %s %s\n", o->model, architecture_name(e.files->config->arch), o->gguf ? "gguf" : "safetensors", gguf_dtype_name(o->dtype));
     TRY(run_source(&e));

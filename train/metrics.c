@@ -59,7 +59,6 @@ int metrics_open(struct metrics **out, const char *run_dir, int64_t step)
     m->path = path_join(run_dir, "metrics.jsonl");
     m->fd = -1;
     TRY(dir_make(run_dir));
-    TRY(file_remove_leftovers(m->path));
     TRY(take_back(m->path, step));
     m->fd = open(m->path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
     if (m->fd < 0) { rc = fail_errno(ERR_IO, "%s: cannot open", m->path); goto out; }

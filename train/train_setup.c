@@ -2,9 +2,11 @@
 #include <math.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "base/error.h"
 #include "base/file.h"
+#include "base/lock.h"
 #include "train/alignment.h"
 #include "train/binding.h"
 #include "train/progress.h"
@@ -177,15 +179,31 @@ out:
     return rc;
 }
 
+enum { DYING_SECONDS = 10 };   /* how long a killed run may take to give its memory back and die: it is started again at once by those who have a loop for it */
+
+/* Two runs in one directory would take each other's checkpoints for their own. */
+static int lock_run_dir(struct trainer *t)
+{
+    int rc = OK;
+    char *lock = path_join(t->c->run_dir, ".lock");
+    TRY(dir_make(t->c->run_dir));
+    TRY(lock_take(&t->lock, lock, t->c->run_dir, DYING_SECONDS));
+out:
+    free(lock);
+    return rc;
+}
+
 static int open_run_dir(struct trainer *t)
 {
     int rc = OK;
-    char *yaml = path_join(t->c->run_dir, "run.yaml");
-    TRY(dir_make(t->c->run_dir));
-    TRY(file_remove_leftovers(yaml));
+    bool alone = t->lock >= 0;
+    char *yaml = path_join(t->c->run_dir, "run.yaml"), *metrics = path_join(t->c->run_dir, "metrics.jsonl");
+    TRY(file_remove_leftovers(yaml, alone));
+    TRY(file_remove_leftovers(metrics, alone));
     TRY(config_write(t->c, yaml));
     TRY(metrics_open(&t->metrics, t->c->run_dir, t->state.step));
 out:
+    free(metrics);
     free(yaml);
     return rc;
 }
@@ -195,6 +213,7 @@ int trainer_open(struct trainer **out, const struct config *c, bool plan_only)
     int rc = OK;
     struct trainer *t = xcalloc(1, sizeof *t);
     t->c = c;
+    t->lock = -1;
     TRY(check_keys(c));
     TRY(targets_objective(&t->loss, c));
     TRY(student_open(&t->student, c));
@@ -221,6 +240,7 @@ int trainer_open(struct trainer **out, const struct config *c, bool plan_only)
         TRY(memory_commit(t->plan, (size_t)(c->memory_limit_gib * 0x1p30)));
         model_ready(t->model);
         optimizer_ready(t->optimizer);
+        TRY(lock_run_dir(t));
         TRY(start_or_resume(t));
         TRY(open_run_dir(t));
         t->batch = xcalloc((size_t)t->accum, sizeof *t->batch);
@@ -251,5 +271,6 @@ void trainer_close(struct trainer *t)
     corpus_rows_free(t->heldout_rows);
     tokenizer_close(t->tokenizer);
     student_close(t->student);
+    if (t->lock >= 0) close(t->lock);
     free(t);
 }

@@ -35,6 +35,7 @@ struct trainer {
     struct train_state state;
     int zero_kd;                              /* steps in a row whose KD part was exactly 0 */
     struct metrics *metrics;
+    int lock;                                 /* of run.dir, held to the end; -1: none */
 };
 
 /* Opens data, student, backend and memory; loads the newest checkpoint when the run is resumed. With `plan_only` it stops before the memory is

@@ -122,8 +122,10 @@ Test(file, leftovers)
     char *left = xasprintf("%s.tmp-%d", path, (int)dead), *alive = xasprintf("%s.tmp-%d", path, (int)getppid());
     char *all[] = {path, other, mine, word, left, alive};
     for (int i = 0; i < 6; i++) cr_assert_eq(file_replace(all[i], "x", 1), OK);
-    cr_assert_eq(file_remove_leftovers(path), OK);
+    cr_assert_eq(file_remove_leftovers(path, false), OK);
     for (int i = 0; i < 6; i++) cr_expect_eq(path_exists(all[i]), all[i] != left, "%s", all[i]);     /* what a living process or nobody writes stays */
+    cr_assert_eq(file_remove_leftovers(path, true), OK);
+    for (int i = 0; i < 6; i++) cr_expect_eq(path_exists(all[i]), all[i] != left && all[i] != alive, "%s", all[i]);   /* a PID says nothing to who holds the lock */
     for (int i = 0; i < 6; i++) free(all[i]);
 }
 

@@ -14,12 +14,13 @@ sed -e 's/steps: 12/steps: 40/' -e 's/{kind: constant}/{kind: cosine, warmup_ste
 # runs a command quietly; its exit code is in $code
 run() { code=0; ("$@" >>killed.log 2>&1; exit $?) 2>/dev/null || code=$?; }
 
+# --foreground: timeout(1) would die of the signal itself, and not wait until its child is gone
 # runs a command again and again, killed after a random time that grows, until it ends by itself; counts in $kills
 until_done() {
     local i
     kills=0
     for ((i = 0; i < rounds; i++)); do
-        run timeout -s KILL "$(awk -v s="$RANDOM" -v i="$i" 'BEGIN { printf "%.3f", 0.02 + (s / 32768) * (0.15 + 0.05 * i) }')" "$@"
+        run timeout --foreground -s KILL "$(awk -v s="$RANDOM" -v i="$i" 'BEGIN { printf "%.3f", 0.02 + (s / 32768) * (0.15 + 0.05 * i) }')" "$@"
         [ $code = 0 ] && return
         [ $code = 137 ] || { fail "exit $code after a kill: $(tail -2 killed.log)"; return; }
         kills=$((kills + 1))

@@ -32,6 +32,8 @@ for signal in TERM INT USR1; do
     "$distill" train config.yaml --set run.dir=signal --set train.steps=100000 --set train.checkpoint_every=0 --set train.eval_every=0 >signal.log 2>signal.err &
     pid=$!
     for ((i = 0; i < 300; i++)); do [ "$(grep -c '^step' signal.log || true)" -ge 8 ] && break; sleep 0.1; done
+    # one run a directory: a second one leaves it alone
+    [ $signal != TERM ] || expect_exit 4 "signal is in use by pid $pid on" "$distill" train config.yaml --set run.dir=signal --resume
     kill -$signal $pid
     code=0
     wait $pid || code=$?
