@@ -61,14 +61,15 @@ HOST_DEVICE static inline float e5m2_to_float(uint8_t q)
 
 /* The scale of numbers whose largest magnitude is `most`: the power of two that brings it into (224, 448]. Multiplying by a power of two rounds nothing, and a
  * floating-point format is as exact at one power of two as at the next: what a scale without a mantissa costs is at most one of e4m3's eighteen binades, what it buys is
- * that a number can change its scale without being rounded again. 1 for zeros; `most` itself, and then everything is not finite, where it is not finite. */
+ * that a number can change its scale without being rounded again.
+ * Not below 2^-62, so that the product of two scales is a normal number; zeros have that one, and so weigh nothing where scales are compared.
+ * `most` itself, and then everything is not finite, where it is not finite. */
 HOST_DEVICE static inline float e4m3_scale(float most)
 {
     uint32_t bits = float_bits(most) & 0x7fffffffu;
-    if (bits == 0) return 1;
     if (bits >= 0x7f800000u) return bits_float(bits);
     int exponent = (int)(bits >> 23) - 127 - 8 + ((bits & 0x7fffffu) > 0x600000u);         /* 448 = 1.75 * 2^8 */
-    if (exponent < -126) exponent = -126;                                                  /* the scale and its inverse stay normal */
+    if (exponent < -62) exponent = -62;
     return bits_float((uint32_t)(exponent + 127) << 23);
 }
 

@@ -43,6 +43,19 @@ enum divergence { DIV_FORWARD_KL, DIV_REVERSE_KL, DIV_JSD, DIV_SKEW_KL, DIV_TVD,
 enum tail_policy { TAIL_UNBIASED, TAIL_BUCKET, TAIL_RENORMALISE, TAIL_DROP, TAIL_COUNT };
 enum target_kind { TARGET_NONE, TARGET_TOPK, TARGET_SAMPLES, TARGET_FULL };
 
+/* A matrix (R, K) in fp8, row by row: its element (r, k) is the e4m3 number q[r, k] times scale[r] (base/fp8.h). */
+struct fp8 {
+    uint8_t *q;                 /* [R, K] */
+    float *scale;               /* [R] a power of two; of weights that were published in fp8, whatever their publisher chose */
+};
+
+/* What became of matrices of a kind when they were rounded: sums over all that were counted since they were set to zero. On the device. */
+struct fp8_census {
+    double elements, zeros;     /* zeros: rounded to 0, or 0 before */
+    float largest;              /* largest magnitude */
+    float not_finite;           /* rows that hold NaN or infinity */
+};
+
 /* What a chunk of R positions learns from. All arrays on the device, first element = first row of the chunk. */
 struct distill_targets {
     const int32_t *labels;              /* [R] next token; -1: not supervised, its row contributes nothing and gets zero gradient */
@@ -127,7 +140,7 @@ struct adamw_args {                     /* Loshchilov & Hutter 2019, algorithm 2
 };
 
 /* The largest of each size that ops will be called with. */
-struct op_limits { int64_t N, C, F, V, chunk_rows, max_doc; int Hq, Hkv, D, K; bool backward; };
+struct op_limits { int64_t N, C, F, V, chunk_rows, max_doc; int Hq, Hkv, D, K; bool backward, fp8; };
 enum { STREAM_SLOTS = 4 };
 
 struct ops {
@@ -199,6 +212,18 @@ struct ops {
     void (*linear_backward_input)(struct backend *be, act *dx, const act *dy, const act *w, int64_t N, int64_t C, int64_t O);
     void (*linear_backward_weight)(struct backend *be, grad *dw, grad *dbias, const act *dy, const act *x, int64_t N, int64_t C, int64_t O);
 
+    /* ---- the same products of matrices in fp8: multiplied as they are, summed in fp32. Only where be->fp8 ----
+     * A row of x gets e4m3_scale() of its largest magnitude, so nothing saturates; a row with NaN or infinity gets a scale that is not finite, and so is everything made of it. */
+    void (*quantize)(struct backend *be, const struct fp8 *y, const act *x, int64_t R, int64_t K);
+    /* w8 (O,C) as quantize(); t8 (C,O), with scales of its own, holds the same numbers transposed, but for what is subnormal at the scale of its new row */
+    void (*quantize_weight)(struct backend *be, const struct fp8 *w8, const struct fp8 *t8, const act *w, int64_t O, int64_t C);
+    /* y (N,O) = x (N,C) w (O,C)^T + bias.  The gradient of x is this product too: dx (N,C) = dy (N,O) t (C,O)^T, t from quantize_weight() */
+    void (*linear_forward_fp8)(struct backend *be, act *y, const struct fp8 *x, const struct fp8 *w, const act *bias, int64_t N, int64_t C, int64_t O);
+    /* dw (O,C) += dy^T x, dbias (O) += column sums of dy.  The sum runs over the rows, where both have scales: row n of dy takes the scale of row n of x on and is rounded once more to
+     * one scale for all of it, max_n scale_dy[n] scale_x[n]; of that, only what falls among the subnormal numbers loses bits: rows that contribute least. */
+    void (*linear_backward_weight_fp8)(struct backend *be, grad *dw, grad *dbias, const struct fp8 *dy, const struct fp8 *x, int64_t N, int64_t C, int64_t O);
+    void (*fp8_count)(struct backend *be, struct fp8_census *sum, const struct fp8 *x, int64_t R, int64_t K);     /* *sum += */
+
     /* h (N,F) = silu(g) u;  gate_up (N, 2F) holds g in columns 0..F-1 and u in F..2F-1. Shazeer 2020. d_gate_up may alias gate_up. */
     void (*swiglu_forward)(struct backend *be, act *h, const act *gate_up, int64_t N, int64_t F);
     void (*swiglu_backward)(struct backend *be, act *d_gate_up, const act *dh, const act *gate_up, int64_t N, int64_t F);
@@ -224,6 +249,7 @@ struct backend {
     enum dtype act_dtype, grad_dtype, moment_dtype;
     const struct ops *ops;
     bool exact_rows;                    /* as in backend_options */
+    bool fp8;                           /* has the products in fp8 */
     void *scratch; size_t scratch_bytes;/* set by the caller from its memory plan, at least ops->scratch_bytes() */
     void *state;                        /* the backend's own */
     const char *description;            /* card and library versions, for the start of a run; NULL: nothing to say */

@@ -3,10 +3,10 @@
 
 #include "base/error.h"
 
-const char *const time_phase_names[PHASE_COUNT] = {"products", "attention", "norm and pointwise", "LM head and objective", "optimizer", "embedding and other"};
+const char *const time_phase_names[PHASE_COUNT] = {"products", "attention", "norm and pointwise", "rounding to fp8", "LM head and objective", "optimizer", "embedding and other"};
 
 enum timed_name { LINEAR_FORWARD, LINEAR_BACKWARD_INPUT, LINEAR_BACKWARD_WEIGHT, ATTENTION_FORWARD, ATTENTION_BACKWARD, RMSNORM_FORWARD, RMSNORM_BACKWARD, QK_NORM_FORWARD,
-                  QK_NORM_BACKWARD, ROPE_FORWARD, ROPE_BACKWARD, SWIGLU_FORWARD, SWIGLU_BACKWARD, HEAD_FORWARD, HEAD_BACKWARD_INPUT, HEAD_BACKWARD_WEIGHT, DISTILL_LOSS,
+                  QK_NORM_BACKWARD, ROPE_FORWARD, ROPE_BACKWARD, SWIGLU_FORWARD, SWIGLU_BACKWARD, QUANTIZE, QUANTIZE_WEIGHT, FORWARD_FP8, BACKWARD_WEIGHT_FP8, FP8_COUNT, HEAD_FORWARD, HEAD_BACKWARD_INPUT, HEAD_BACKWARD_WEIGHT, DISTILL_LOSS,
                   TEACHER_TARGETS, SAMPLE_TARGETS, SUM_ROWS, SUM_SQUARES, ADAMW, EMBED_FORWARD, EMBED_BACKWARD, FILL_ZERO, COPY, UPLOAD, DOWNLOAD, DOWNLOAD_ASYNC, TIMED_COUNT };
 
 static const struct timed_op names[TIMED_COUNT] = {
@@ -21,6 +21,8 @@ static const struct timed_op names[TIMED_COUNT] = {
     [ADAMW] = {"adamw", PHASE_OPTIMIZER, 0, 0}, [EMBED_FORWARD] = {"embed_forward", PHASE_OTHER, 0, 0}, [EMBED_BACKWARD] = {"embed_backward", PHASE_OTHER, 0, 0},
     [FILL_ZERO] = {"fill_zero", PHASE_OTHER, 0, 0}, [COPY] = {"copy", PHASE_OTHER, 0, 0}, [UPLOAD] = {"upload", PHASE_OTHER, 0, 0}, [DOWNLOAD] = {"download", PHASE_OTHER, 0, 0},
     [DOWNLOAD_ASYNC] = {"download_async", PHASE_OTHER, 0, 0},
+    [QUANTIZE] = {"quantize", PHASE_QUANTIZE, 0, 0}, [QUANTIZE_WEIGHT] = {"quantize_weight", PHASE_QUANTIZE, 0, 0}, [FP8_COUNT] = {"fp8_count", PHASE_QUANTIZE, 0, 0},
+    [FORWARD_FP8] = {"linear_forward_fp8", PHASE_GEMM, 0, 0}, [BACKWARD_WEIGHT_FP8] = {"linear_backward_weight_fp8", PHASE_GEMM, 0, 0},
 };
 
 struct timed {
@@ -84,6 +86,11 @@ TIMED(rope_backward, ROPE_BACKWARD,
       (dqkv, dq, dk, dv, cos, sin, position, N, Hq, Hkv, D))
 TIMED(swiglu_forward, SWIGLU_FORWARD, (act *h, const act *gate_up, int64_t N, int64_t F), (h, gate_up, N, F))
 TIMED(swiglu_backward, SWIGLU_BACKWARD, (act *d_gate_up, const act *dh, const act *gate_up, int64_t N, int64_t F), (d_gate_up, dh, gate_up, N, F))
+TIMED(quantize, QUANTIZE, (const struct fp8 *y, const act *x, int64_t R, int64_t K), (y, x, R, K))
+TIMED(quantize_weight, QUANTIZE_WEIGHT, (const struct fp8 *w8, const struct fp8 *t8, const act *w, int64_t O, int64_t C), (w8, t8, w, O, C))
+TIMED(linear_forward_fp8, FORWARD_FP8, (act *y, const struct fp8 *x, const struct fp8 *w, const act *bias, int64_t N, int64_t C, int64_t O), (y, x, w, bias, N, C, O))
+TIMED(linear_backward_weight_fp8, BACKWARD_WEIGHT_FP8, (grad *dw, grad *dbias, const struct fp8 *dy, const struct fp8 *x, int64_t N, int64_t C, int64_t O), (dw, dbias, dy, x, N, C, O))
+TIMED(fp8_count, FP8_COUNT, (struct fp8_census *sum, const struct fp8 *x, int64_t R, int64_t K), (sum, x, R, K))
 TIMED(distill_loss, DISTILL_LOSS, (act *logits, const struct distill_losses *out, const struct distill_targets *targets, const struct distill_args *a, int64_t R, int64_t V, int64_t Vv),
       (logits, out, targets, a, R, V, Vv))
 TIMED(sample_targets, SAMPLE_TARGETS, (const struct sample_targets *s, const act *logits, int64_t R, int64_t V, int64_t Vv), (s, logits, R, V, Vv))
@@ -114,6 +121,7 @@ struct backend *timed_backend(struct backend *inner, int64_t head_columns)
     PUT(linear_forward); PUT(linear_backward_input); PUT(linear_backward_weight); PUT(attention_forward); PUT(attention_backward); PUT(rmsnorm_forward); PUT(rmsnorm_backward);
     PUT(qk_norm_forward); PUT(qk_norm_backward); PUT(rope_forward); PUT(rope_backward); PUT(swiglu_forward); PUT(swiglu_backward); PUT(distill_loss); PUT(teacher_targets); PUT(sample_targets);
     PUT(sum_rows); PUT(sum_squares); PUT(adamw); PUT(embed_forward); PUT(embed_backward); PUT(fill_zero); PUT(copy); PUT(upload); PUT(download); PUT(download_async);
+    PUT(quantize); PUT(quantize_weight); PUT(linear_forward_fp8); PUT(linear_backward_weight_fp8); PUT(fp8_count);
 #undef PUT
     return &t->be;
 }

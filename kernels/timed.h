@@ -7,8 +7,8 @@
 
 #include "kernels/backend.h"
 
-enum time_phase { PHASE_GEMM, PHASE_ATTENTION, PHASE_POINTWISE, PHASE_HEAD, PHASE_OPTIMIZER, PHASE_OTHER, PHASE_COUNT };
-extern const char *const time_phase_names[PHASE_COUNT];   /* "products", "attention", "norm and pointwise", "LM head and objective", "optimizer", "embedding and other" */
+enum time_phase { PHASE_GEMM, PHASE_ATTENTION, PHASE_POINTWISE, PHASE_QUANTIZE, PHASE_HEAD, PHASE_OPTIMIZER, PHASE_OTHER, PHASE_COUNT };
+extern const char *const time_phase_names[PHASE_COUNT];   /* "products", "attention", "norm and pointwise", "rounding to fp8", "LM head and objective", "optimizer", "embedding and other" */
 
 struct timed_op { const char *name; enum time_phase phase; double seconds; int64_t calls; };
 

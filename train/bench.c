@@ -399,7 +399,7 @@ void bench_report(const struct bench *b, const struct pass *p, double tokens, do
 
 void bench_phases(const struct bench *b, struct backend *timed, int steps, double wall)
 {
-    static const char *const keys[PHASE_COUNT] = {"phase_products", "phase_attention", "phase_norm_and_pointwise", "phase_head_and_objective", "phase_optimizer", "phase_other"};
+    static const char *const keys[PHASE_COUNT] = {"phase_products", "phase_attention", "phase_norm_and_pointwise", "phase_quantize", "phase_head_and_objective", "phase_optimizer", "phase_other"};
     const struct timed_op *ops;
     int n;
     double device = 0;

@@ -72,6 +72,8 @@ static size_t cpu_scratch_bytes(struct backend *be, const struct op_limits *l)
     int64_t widest = l->F > l->C ? l->F : l->C, heads = (int64_t)l->Hq * l->D;
     size_t product = be->exact_rows ? thread_scratch_bytes(cpu_exact_rows_scratch(widest > heads ? widest : heads)) : 0;
     most = most > product ? most : product;
+    size_t fp8 = cpu_fp8_scratch(be, l);
+    most = most > fp8 ? most : fp8;
     return most > sums ? most : sums;
 }
 
@@ -87,6 +89,7 @@ static const struct ops cpu_ops = {
     .rope_forward = cpu_rope_forward, .rope_backward = cpu_rope_backward,
     .attention_forward = cpu_attention_forward, .attention_backward = cpu_attention_backward, .attention_cached = cpu_attention_cached,
     .linear_forward = cpu_linear_forward, .linear_backward_input = cpu_linear_backward_input, .linear_backward_weight = cpu_linear_backward_weight,
+    .quantize = cpu_quantize, .quantize_weight = cpu_quantize_weight, .linear_forward_fp8 = cpu_linear_forward_fp8, .linear_backward_weight_fp8 = cpu_linear_backward_weight_fp8, .fp8_count = cpu_fp8_count,
     .swiglu_forward = cpu_swiglu_forward, .swiglu_backward = cpu_swiglu_backward,
     .distill_loss = cpu_distill_loss, .teacher_targets = cpu_teacher_targets, .sample_targets = cpu_sample_targets, .compare_logits = cpu_compare_logits,
     .sum_squares = cpu_sum_squares, .sum_rows = cpu_sum_rows, .adamw = cpu_adamw,
@@ -97,7 +100,7 @@ int cpu_backend_open(struct backend **out, const struct backend_options *o)
     if (o->precision && strcmp(o->precision, "fp32")) return fail(ERR_USAGE, "device cpu: computes in fp32, not in %s; leave the precision out or use device cuda", o->precision);
     if (o->threads > 0) omp_set_num_threads(o->threads);
     struct backend *be = xcalloc(1, sizeof *be);
-    *be = (struct backend){.name = "cpu", .act_dtype = DTYPE_F32, .grad_dtype = DTYPE_F32, .moment_dtype = DTYPE_F32, .ops = &cpu_ops, .exact_rows = o->exact_rows, .state = xcalloc(1, sizeof(struct cpu_state))};
+    *be = (struct backend){.name = "cpu", .act_dtype = DTYPE_F32, .grad_dtype = DTYPE_F32, .moment_dtype = DTYPE_F32, .ops = &cpu_ops, .exact_rows = o->exact_rows, .fp8 = true, .state = xcalloc(1, sizeof(struct cpu_state))};
     *out = be;
     return OK;
 }

@@ -13,11 +13,9 @@ static inline const float *cfp32(const act *x) { return (const float *)x; }
 static inline float *gfp32(grad *x) { return (float *)x; }
 static inline const float *cgfp32(const grad *x) { return (const float *)x; }
 
-/* This thread's part of the scratch arena: `floats` floats for every thread, cache line aligned. */
-static inline float *thread_scratch(struct backend *be, size_t floats)
-{
-    return (float *)be->scratch + (size_t)omp_get_thread_num() * ((floats + 15) & ~(size_t)15);
-}
+/* This thread's part of scratch memory: `floats` floats for every thread, cache line aligned. */
+static inline float *thread_part(float *scratch, size_t floats) { return scratch + (size_t)omp_get_thread_num() * ((floats + 15) & ~(size_t)15); }
+static inline float *thread_scratch(struct backend *be, size_t floats) { return thread_part(be->scratch, floats); }
 static inline size_t thread_scratch_bytes(size_t floats) { return (size_t)omp_get_max_threads() * ((floats + 15) & ~(size_t)15) * sizeof(float); }
 
 /* floats of scratch for one row of V logits: two copies of it, and K entries of two words */
@@ -28,6 +26,16 @@ static inline size_t cpu_sample_scratch(int64_t V) { return (size_t)(V + 1 + 2 *
 
 /* for a product with C columns when rows have to be exact (linear.c) */
 size_t cpu_exact_rows_scratch(int64_t C);
+
+/* y (N,O), its rows ldy apart, = x (N,C) w (O,C)^T + bias, as be->exact_rows says, with cpu_exact_rows_scratch(C) for every thread at `scratch` (linear.c) */
+void cpu_product(const struct backend *be, float *scratch, float *y, int64_t ldy, const float *x, const float *w, const float *bias, int64_t N, int64_t C, int64_t O);
+
+/* dw (O,C) += scale dy^T x, dy's rows being O long; sums (O) += column sums of x (N,O), in double (linear.c) */
+void cpu_add_outer_products(float *dw, float scale, const float *dy, const float *x, int64_t N, int64_t C, int64_t O);
+void cpu_add_column_sums(float *sums, const float *x, int64_t N, int64_t O);
+
+/* bytes for the products in fp8 (fp8.c) */
+size_t cpu_fp8_scratch(const struct backend *be, const struct op_limits *l);
 
 /* Row statistics over n values scaled by `scale`: the largest, and log sum exp in double. -INFINITY for an empty or fully masked row. */
 float  row_max(const float *x, int64_t n);
@@ -53,6 +61,11 @@ void cpu_attention_cached(struct backend *be, act *o, act *k_cache, act *v_cache
 void cpu_linear_forward(struct backend *be, act *y, const act *x, const act *w, const act *bias, int64_t N, int64_t C, int64_t O);
 void cpu_linear_backward_input(struct backend *be, act *dx, const act *dy, const act *w, int64_t N, int64_t C, int64_t O);
 void cpu_linear_backward_weight(struct backend *be, grad *dw, grad *dbias, const act *dy, const act *x, int64_t N, int64_t C, int64_t O);
+void cpu_quantize(struct backend *be, const struct fp8 *y, const act *x, int64_t R, int64_t K);
+void cpu_quantize_weight(struct backend *be, const struct fp8 *w8, const struct fp8 *t8, const act *w, int64_t O, int64_t C);
+void cpu_linear_forward_fp8(struct backend *be, act *y, const struct fp8 *x, const struct fp8 *w, const act *bias, int64_t N, int64_t C, int64_t O);
+void cpu_linear_backward_weight_fp8(struct backend *be, grad *dw, grad *dbias, const struct fp8 *dy, const struct fp8 *x, int64_t N, int64_t C, int64_t O);
+void cpu_fp8_count(struct backend *be, struct fp8_census *sum, const struct fp8 *x, int64_t R, int64_t K);
 void cpu_swiglu_forward(struct backend *be, act *h, const act *gate_up, int64_t N, int64_t F);
 void cpu_swiglu_backward(struct backend *be, act *d_gate_up, const act *dh, const act *gate_up, int64_t N, int64_t F);
 void cpu_distill_loss(struct backend *be, act *logits, const struct distill_losses *out, const struct distill_targets *t, const struct distill_args *a, int64_t R, int64_t V, int64_t Vv);
