@@ -224,6 +224,7 @@ struct backend {
     enum dtype act_dtype, grad_dtype, moment_dtype;
     const struct ops *ops;
     bool exact_rows;                    /* as in backend_options */
+    bool host_memory;                   /* what alloc() gives is the host's own memory: it may write there itself */
     void *scratch; size_t scratch_bytes;/* set by the caller from its memory plan, at least ops->scratch_bytes() */
     void *state;                        /* the backend's own */
     const char *description;            /* card and library versions, for the start of a run; NULL: nothing to say */

@@ -51,7 +51,7 @@ struct config {
     /* export */
     char *export_model, *export_path, *export_format, *export_dtype; int64_t export_max_file_mib;
     /* bench */
-    int64_t bench_steps, bench_layers; double bench_seconds;
+    int64_t bench_steps, bench_layers; double bench_seconds, bench_checkpoint_gib;
 };
 
 /* Which keys a command reads: shown by its --help. */

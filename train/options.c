@@ -132,6 +132,7 @@ const struct option options[] = {
 
     WHOLE ("bench.steps", bench_steps, "20", 1, 1e6, B, "run at least this many steps"),
     REAL  ("bench.seconds", bench_seconds, "20", 0, 86400, B, "and at least this long; kernels: an op gets a fortieth of it, a product a tenth"),
+    REAL  ("bench.checkpoint_gib", bench_checkpoint_gib, "0", 0, 1000, B, "io: size of the checkpoint that is loaded, rounded down to whole layers; 0: what bench.seconds allows"),
     WHOLE ("bench.layers", bench_layers, "0", 0, 1000, B, "measure the shape with this many layers, where all of them do not fit; 0: as many as it has"),
 };
 const int option_count = sizeof options / sizeof *options;
