@@ -41,7 +41,7 @@ struct config {
     char *schedule_kind; int64_t schedule_warmup_steps; double schedule_final_ratio, schedule_decay_fraction;
     /* train */
     char *train_source, *train_recompute; int64_t train_steps, train_batch_rows, train_micro_rows, train_chunk_tokens;
-    int64_t train_eval_every, train_checkpoint_every, train_keep_checkpoints, train_log_every; double train_epochs; bool train_check_alignment;
+    int64_t train_eval_every, train_checkpoint_every, train_keep_checkpoints, train_log_every; double train_epochs; bool train_check_alignment, train_deterministic;
     /* memory */
     double memory_limit_gib;
     /* eval */

@@ -108,6 +108,7 @@ const struct option options[] = {
     WHOLE ("train.checkpoint_every", train_checkpoint_every, "0", 0, MANY, T, "steps between checkpoints; 0: only at the end"),
     WHOLE ("train.keep_checkpoints", train_keep_checkpoints, "2", 1, 1e6, T, "older checkpoints are removed"),
     WHOLE ("train.log_every", train_log_every, "1", 1, MANY, T, "steps between progress lines and between measurements of KD's and CE's shares; metrics.jsonl has every step"),
+    SWITCH("train.deterministic", train_deterministic, "false", T | B, "cuda: a run repeated on the same card is the same to the bit; attention's backward is then many times slower. cpu: always so"),
     SWITCH("train.check_alignment", train_check_alignment, "true", T, "before the first step: the targets must make the next token likelier than the one before it and the one after it"),
 
     REAL  ("memory.limit_gib", memory_limit_gib, "0", 0, 1e6, D | T | E | B, "most memory the plan may take; 0: what the machine has"),

@@ -34,7 +34,7 @@ void fixture_open(struct fixture *f, const struct fixture_options *o)
     char *more = xasprintf("{\"tie_word_embeddings\": %s%s%s}", o->tie ? "true" : "false", o->more ? ", " : "", o->more ? o->more : "");
     f->config = fixture_config(o->architecture, more);
     free(more);
-    struct backend_options device = {.device = o->device ? o->device : "cpu", .precision = o->precision, .exact_rows = o->exact_rows};
+    struct backend_options device = {.device = o->device ? o->device : "cpu", .precision = o->precision, .deterministic = o->deterministic, .exact_rows = o->exact_rows};
     cr_assert_eq(backend_open(&f->be, &device), OK, "%s", fail_message());
     f->plan = memory_plan_new(f->be);
     int64_t N = o->rows * o->length;

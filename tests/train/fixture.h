@@ -26,6 +26,7 @@ struct fixture_options {
     uint64_t seed;
     bool exact_rows;                 /* as a teacher in a dump computes: the same bits in any batch */
     const char *device, *precision;  /* as in backend_options; device NULL: cpu */
+    bool deterministic;
 };
 
 enum { FIXTURE_VOCAB = 61 };         /* not a multiple of anything */
