@@ -25,7 +25,7 @@ struct fixture_options {
     struct distill_args loss;
     uint64_t seed;
     bool exact_rows;                 /* as a teacher in a dump computes: the same bits in any batch */
-    const char *device, *precision;  /* as in backend_options; device NULL: cpu */
+    const char *device, *precision;  /* as in backend_options, with deterministic; device NULL: cpu */
     bool deterministic;
 };
 
