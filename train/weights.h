@@ -16,7 +16,8 @@ struct weight_home {
 /* Element `offset` of the table; *on_host says on which side. */
 act *weight_home_at(const struct backend *be, const struct weight_home *home, int64_t offset, bool *on_host);
 
-/* What params_load() does, by several threads through pinned memory: reading, conversion and copying overlap. The same refusals. */
+/* What params_load() does, by several threads through pinned memory: reading, conversion and copying overlap. The same refusals, and a file
+ * that cannot be read to its end. */
 int  weights_load(const struct params *t, struct backend *be, const struct weight_home *home, const struct tensor_set *set, const char *where, const int *layer_of);
 
 /* params_init() for either home; `stage` is device memory of `stage_count` elements that blocks are made in on their way to the host. */
