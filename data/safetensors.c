@@ -36,7 +36,7 @@ enum {
 };
 
 struct entry { struct tensor_view view; uint64_t begin, end; };
-struct mapped_file { char *path; void *map; size_t bytes; };
+struct mapped_file { char *path; int fd; void *map; size_t bytes; };
 struct tensor_set {
     struct entry *entries;
     int n, room;
@@ -366,7 +366,7 @@ static int add_file(struct tensor_set *s, int fd, char *path)
     struct stat st;
     int rc = OK, file = s->n_files;
     s->files = xrealloc(s->files, (size_t)(file + 1) * sizeof *s->files);
-    s->files[file] = (struct mapped_file){path, NULL, 0};
+    s->files[file] = (struct mapped_file){path, fd, NULL, 0};
     s->n_files++;
     if (fstat(fd, &st)) { rc = fail_errno(ERR_IO, "%s: cannot stat", path); goto out; }
     if (!S_ISREG(st.st_mode)) { rc = fail(ERR_INPUT, "%s: is not a regular file", path); goto out; }
@@ -378,7 +378,6 @@ static int add_file(struct tensor_set *s, int fd, char *path)
     }
     TRY(read_header(s, file));
 out:
-    close(fd);
     return rc;
 }
 
@@ -566,6 +565,7 @@ void tensor_set_close(struct tensor_set *s)
     for (int i = 0; i < s->n; i++) free((char *)s->entries[i].view.name);
     for (int i = 0; i < s->n_files; i++) {
         if (s->files[i].map) munmap(s->files[i].map, s->files[i].bytes);
+        close(s->files[i].fd);
         free(s->files[i].path);
     }
     free(s->entries);
@@ -599,6 +599,14 @@ void tensor_set_hash(const struct tensor_set *s, char hex[65])
         sha256_add(h, v->data, v->bytes);
     }
     sha256_hex(h, hex);
+}
+
+int tensor_read(const struct tensor_set *s, const struct tensor_view *t, int64_t first, int64_t count, void *out)
+{
+    const struct mapped_file *f = &s->files[t->file];
+    size_t width = dtype_bytes(t->dtype);
+    CHECK(first >= 0 && count >= 0 && first <= t->count && count <= t->count - first, "tensor %s has %lld elements", t->name, (long long)t->count);
+    return file_pread(f->fd, out, (size_t)count * width, (const char *)t->data - (const char *)f->map + first * (int64_t)width, f->path);
 }
 
 /* ---- conversion ---- */

@@ -45,6 +45,9 @@ const char *tensor_set_file_path(const struct tensor_set *s, int file);
 /* SHA-256 over (name, dtype, shape, bytes) of every tensor in name order: the identity of the weights, however they are
  * sharded. Reads everything once. */
 void tensor_set_hash(const struct tensor_set *s, char hex[65]);
+/* `count` elements from element `first` on as they lie in the file, read from it rather than through the mapping: large reads keep a disk busy where page faults do
+ * not, and a file that was cut since it was opened is an error (ERR_INPUT) and no signal. */
+int tensor_read(const struct tensor_set *s, const struct tensor_view *t, int64_t first, int64_t count, void *out);
 /* `count` elements from element `first` on, converted to float (exact for F32, F16, BF16; other dtypes are ERR_INPUT by name). */
 int tensor_to_float(const struct tensor_view *t, int64_t first, int64_t count, float *out);
 

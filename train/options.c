@@ -112,6 +112,7 @@ const struct option options[] = {
     WHOLE ("train.checkpoint_every", train_checkpoint_every, "0", 0, MANY, T, "steps between checkpoints; 0: only at the end"),
     WHOLE ("train.keep_checkpoints", train_keep_checkpoints, "2", 1, 1e6, T, "older checkpoints are removed"),
     WHOLE ("train.log_every", train_log_every, "1", 1, MANY, T, "steps between progress lines and between measurements of KD's and CE's shares; metrics.jsonl has every step"),
+    SWITCH("train.deterministic", train_deterministic, "false", T | B, "cuda: a run repeated on the same card is the same to the bit; attention's backward is then many times slower. cpu: always so"),
     SWITCH("train.check_alignment", train_check_alignment, "true", T, "before the first step: the targets must make the next token likelier than the one before it and the one after it"),
 
     REAL  ("memory.limit_gib", memory_limit_gib, "0", 0, 1e6, D | T | E | B, "most memory the plan may take; 0: what the machine has"),
@@ -136,6 +137,7 @@ const struct option options[] = {
 
     WHOLE ("bench.steps", bench_steps, "20", 1, 1e6, B, "run at least this many steps"),
     REAL  ("bench.seconds", bench_seconds, "20", 0, 86400, B, "and at least this long; kernels: an op gets a fortieth of it, a product a tenth"),
+    REAL  ("bench.checkpoint_gib", bench_checkpoint_gib, "0", 0, 1000, B, "io: size of the checkpoint that is loaded, rounded down to whole layers; 0: what bench.seconds allows"),
     WHOLE ("bench.layers", bench_layers, "0", 0, 1000, B, "measure the shape with this many layers, where all of them do not fit; 0: as many as it has"),
 };
 const int option_count = sizeof options / sizeof *options;

@@ -112,7 +112,7 @@ static int plan_memory(struct trainer *t)
 {
     static const char *const recompute[] = {[RECOMPUTE_NONE] = "none", [RECOMPUTE_SWIGLU_NORM] = "swiglu_norm", [RECOMPUTE_FFN] = "ffn", [RECOMPUTE_BLOCK] = "block", NULL};
     const struct config *c = t->c;
-    struct backend_options device = {.device = c->run_device, .threads = (int)c->run_threads};
+    struct backend_options device = {.device = c->run_device, .threads = (int)c->run_threads, .deterministic = c->train_deterministic};
     int rc = OK;
     TRY(backend_open(&t->be, &device));
     int64_t N = c->train_micro_rows * t->row_length;

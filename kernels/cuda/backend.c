@@ -231,6 +231,7 @@ int cuda_backend_open(struct backend **out, const struct backend_options *o)
     struct backend *be = xcalloc(1, sizeof *be);
     *be = (struct backend){.name = "cuda", .ops = &cuda_ops, .state = s, .description = s->description};
     TRY(choose_types(be, o));
+    s->deterministic = o->deterministic;
     cudaError_t code = cudaGetDeviceCount(&devices);
     if (code != cudaSuccess || !devices) {
         rc = fail(ERR_USAGE, "device cuda: no usable GPU here (%s); use device cpu", code != cudaSuccess ? cudaGetErrorString(code) : "no device");
