@@ -32,7 +32,7 @@ static int cut(void *context, const struct tensor_view *v, int64_t offset)
     return OK;
 }
 
-/* params_match() let nothing but F32, F16 and BF16 through, so this cannot fail. */
+/* params_match() let nothing but F32, F16, BF16 and F8_E4M3 with its scales through, so this cannot fail. */
 static void convert(void *to, enum dtype dtype, const struct piece *p)
 {
     const struct tensor_view *v = p->from;
