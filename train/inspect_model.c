@@ -215,7 +215,7 @@ static void report_scales(struct report *r, const struct tensor_set *set)
     bookkeeping -= tensors;
     report_line(r, "scales", json_pack("{s:I, s:I, s:f, s:f, s:I}", "tensors", (json_int_t)tensors, "values", (json_int_t)scales, "least", (double)least, "most", (double)most,
                                        "not_of_weights", (json_int_t)bookkeeping),
-                "scales", "%lld of %lld F8_E4M3 tensors, from %g to %g", (long long)scales, (long long)tensors, (double)least, (double)most);
+                "scales", "%lld for %lld F8_E4M3 tensors, from %g to %g", (long long)scales, (long long)tensors, (double)least, (double)most);
     if (bookkeeping) report_line(r, NULL, NULL, "", "%lld more of activations or a kv cache, which are not used", (long long)bookkeeping);
 }
 

@@ -4,7 +4,7 @@
 source "$(dirname "$0")/common.sh"
 golden=$source_root/tests/golden/fp8
 "$distill" inspect "$golden/teacher" >out.txt || fail "inspect teacher"
-grep -q 'quantised by .*fp8: e4m3, one scale per block of 24 x 40' out.txt && grep -q 'F8_E4M3 in 14 tensors' out.txt && grep -q 'of 14 F8_E4M3 tensors, from' out.txt || fail "inspect: $(cat out.txt)"
+grep -q 'quantised by .*fp8: e4m3, one scale per block of 24 x 40' out.txt && grep -q 'F8_E4M3 in 14 tensors' out.txt && grep -q 'for 14 F8_E4M3 tensors, from' out.txt || fail "inspect: $(cat out.txt)"
 "$distill" inspect "$golden/student" >out.txt || fail "inspect student"
 grep -q 'compressed-tensors: e4m3, one scale per row' out.txt || fail "inspect: $(cat out.txt)"
 
