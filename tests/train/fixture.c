@@ -38,7 +38,7 @@ void fixture_open(struct fixture *f, const struct fixture_options *o)
     cr_assert_eq(backend_open(&f->be, &device), OK, "%s", fail_message());
     f->plan = memory_plan_new(f->be);
     int64_t N = o->rows * o->length;
-    struct model_options m = {.N = N, .max_doc = o->length, .head_rows = o->head_rows ? o->head_rows : N, .train = true, .recompute = o->recompute};
+    struct model_options m = {.N = N, .max_doc = o->length, .head_rows = o->head_rows ? o->head_rows : N, .train = true, .recompute = o->recompute, .fp8 = o->fp8};
     struct adamw_args adamw = {.beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8, .weight_decay = 0.1, .clip = 1};
     f->model = model_new(f->be, f->config, &m, f->plan);
     f->objective = objective_new(f->model, &o->loss, FIXTURE_VOCAB - 2, o->kind, o->k, f->plan);
@@ -48,6 +48,7 @@ void fixture_open(struct fixture *f, const struct fixture_options *o)
     model_ready(f->model);
     optimizer_ready(f->optimizer);
     params_init(f->model->params, f->be, f->model->weights, o->seed);
+    model_weights_changed(f->model);
 }
 
 void fixture_close(struct fixture *f)

@@ -24,6 +24,7 @@ struct fixture_options {
     enum target_kind kind; int k;
     struct distill_args loss;
     uint64_t seed;
+    bool fp8;
     bool exact_rows;                 /* as a teacher in a dump computes: the same bits in any batch */
 };
 
