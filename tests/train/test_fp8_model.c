@@ -29,7 +29,7 @@ static const char *python_with_torch(void)
 {
     const char *candidates[] = {getenv("DISTILL_PYTHON"), "python3", "/usr/bin/python3"}, *python = NULL;
     for (int i = 0; i < 3 && !python; i++) {
-        char *probe = candidates[i] ? xasprintf("%s -c 'import torch, safetensors' 2>/dev/null", candidates[i]) : NULL;
+        char *probe = candidates[i] ? xasprintf("%s -c 'from importlib.util import find_spec as f; exit(not (f(\"torch\") and f(\"safetensors\")))' 2>/dev/null", candidates[i]) : NULL;
         if (probe && system(probe) == 0) python = candidates[i];
         free(probe);
     }
