@@ -25,13 +25,14 @@ struct weight_layout weight_layout_new(const struct params *t, enum dtype act_dt
         bool rounded = fp8 && p->layer >= 0 && p->n_dims == 2;
         if (!fp8) w.total = p->offset * width;
         if (p->layer == 0 && !w.begin) w.begin = w.total;
-        if (p == t->norm) w.end = w.total;
+        if (p == t->norm) w.end = w.total;   /* blocks are alike, so that each takes the same */
         w.at[i] = w.total;
         w.total += aligned(rounded ? p->count : p->count * width);
         w.scale_at[i] = rounded ? w.total : -1;
         if (rounded) w.total += aligned(p->rows * (int64_t)sizeof(float));
     }
     if (!fp8) w.total = t->total * width;
+    w.block = (w.end - w.begin) / t->n_layers;
     return w;
 }
 
@@ -44,16 +45,25 @@ void weight_layout_free(struct weight_layout *layout)
 void *weight_home_at(const struct weight_home *home, int64_t at, bool *on_host)
 {
     const struct weight_layout *w = &home->layout;
-    *on_host = home->host && at >= w->begin && at < w->end;
+    bool in_block = at >= w->begin && at < w->end, elsewhere = home->host || home->block;
+    *on_host = home->host && in_block;
     if (*on_host) return (char *)home->host + (at - w->begin);
-    return (char *)home->device + (home->host && at >= w->end ? at - (w->end - w->begin) : at);
+    if (home->block && in_block) return (char *)home->block + (at - w->begin) % w->block;
+    return (char *)home->device + (elsewhere && at >= w->end ? at - (w->end - w->begin) : at);
 }
 
 /* ---- loading ---- */
 
 /* elements [first, first + count) of a tensor, which are elements from `within` on of parameter i; whole rows where they become fp8 */
 struct piece { const struct tensor_view *from; int64_t first, count, within; int param; };
-struct pieces { const struct params *table; const struct weight_layout *layout; int64_t width; struct piece *list; int64_t n, room; };
+struct weight_files {
+    const struct params *table;
+    struct backend *be;
+    const struct weight_home *home;
+    int64_t width;
+    struct piece *list; int64_t n, room;                     /* in the order of the table */
+    int threads; void *buffer[MOST_THREADS][2];
+};
 
 static int param_at(const struct params *t, int64_t offset)
 {
@@ -68,10 +78,10 @@ static int param_at(const struct params *t, int64_t offset)
 
 static int cut(void *context, const struct tensor_view *v, int64_t offset)
 {
-    struct pieces *p = context;
+    struct weight_files *p = context;
     int i = param_at(p->table, offset);
     int64_t cols = p->table->p[i].cols, most = PIECE / p->width;
-    if (p->layout->scale_at[i] >= 0) most = (PIECE - ALIGNMENT) / (cols + (int64_t)sizeof(float)) * cols;
+    if (p->home->layout.scale_at[i] >= 0) most = (PIECE - ALIGNMENT) / (cols + (int64_t)sizeof(float)) * cols;
     CHECK(most > 0, "a row of %lld elements is longer than a piece", (long long)cols);
     for (int64_t first = 0; first < v->count; first += most) {
         if (p->n == p->room) p->list = xrealloc(p->list, (size_t)(p->room = p->room ? 2 * p->room : 256) * sizeof *p->list);
@@ -125,13 +135,15 @@ static void convert_fp8(uint8_t *q, float *scale, const struct piece *p, int64_t
 }
 
 /* One piece to where it belongs: converted there, or by way of `buffer`. Returns whether the device still has to read the buffer. */
-static bool place(struct backend *be, const struct weight_home *home, const struct pieces *all, const struct piece *p, void *buffer)
+static bool place(const struct weight_files *f, const struct piece *p, void *buffer)
 {
-    const struct param *param = &all->table->p[p->param];
+    struct backend *be = f->be;
+    const struct weight_home *home = f->home;
+    const struct param *param = &f->table->p[p->param];
     const struct weight_layout *w = &home->layout;
     bool rounded = w->scale_at[p->param] >= 0, on_host;
-    int64_t rows = p->count / param->cols, bytes = rounded ? p->count : p->count * all->width;
-    char *to = weight_home_at(home, w->at[p->param] + (rounded ? p->within : p->within * all->width), &on_host), *scale_to = NULL;
+    int64_t rows = p->count / param->cols, bytes = rounded ? p->count : p->count * f->width;
+    char *to = weight_home_at(home, w->at[p->param] + (rounded ? p->within : p->within * f->width), &on_host), *scale_to = NULL;
     if (rounded) scale_to = weight_home_at(home, w->scale_at[p->param] + p->within / param->cols * (int64_t)sizeof(float), &on_host);
     char *q = on_host ? to : buffer, *scale = on_host ? scale_to : q + rows * param->cols + (-rows * param->cols & 3);
     if (rounded) convert_fp8((uint8_t *)q, (float *)(void *)scale, p, param->cols);
@@ -145,36 +157,62 @@ static bool place(struct backend *be, const struct weight_home *home, const stru
     return true;
 }
 
-int weights_load(const struct params *t, struct backend *be, const struct weight_home *home, const struct tensor_set *set, const char *where, const int *layer_of)
+int weight_files_open(struct weight_files **out, const struct params *t, struct backend *be, const struct weight_home *home, const struct tensor_set *set, const char *where,
+                      const int *layer_of)
 {
-    const struct ops *op = be->ops;
-    struct pieces p = {.table = t, .layout = &home->layout, .width = (int64_t)dtype_width(be->act_dtype)};
-    void *buffer[MOST_THREADS][2] = {{NULL}};
+    struct weight_files *f = xcalloc(1, sizeof *f);
     int rc = OK;
-    TRY(params_match(t, set, where, layer_of, cut, &p));
-    int threads = omp_get_num_procs() < MOST_THREADS ? omp_get_num_procs() : MOST_THREADS;
-    if (p.n < threads) threads = (int)p.n;
-    for (int i = 0; i < 2 * threads; i++)
-        if (!(buffer[i / 2][i % 2] = op->alloc_host(be, PIECE))) { rc = fail(ERR_IO, "device %s: no host memory for the buffers that weights are loaded through (%d MiB)", be->name, 2 * threads * (PIECE >> 20)); goto out; }
+    *f = (struct weight_files){.table = t, .be = be, .home = home, .width = (int64_t)dtype_width(be->act_dtype)};
+    TRY(params_match(t, set, where, layer_of, cut, f));
+    f->threads = omp_get_num_procs() < MOST_THREADS ? omp_get_num_procs() : MOST_THREADS;
+    if (f->n < f->threads) f->threads = (int)f->n;
+    for (int i = 0; i < 2 * f->threads; i++)
+        if (!(f->buffer[i / 2][i % 2] = be->ops->alloc_host(be, PIECE))) {
+            rc = fail(ERR_IO, "device %s: no host memory for the buffers that weights are loaded through (%d MiB)", be->name, 2 * f->threads * (PIECE >> 20));
+            goto out;
+        }
+    *out = f;
+    f = NULL;
+out:
+    weight_files_close(f);
+    return rc;
+}
 
-    #pragma omp parallel num_threads(threads)
+void weight_files_close(struct weight_files *f)
+{
+    if (!f) return;
+    for (int i = 0; i < 2 * f->threads; i++) if (f->buffer[i / 2][i % 2]) f->be->ops->release_host(f->be, f->buffer[i / 2][i % 2]);
+    free(f->list);
+    free(f);
+}
+
+void weight_files_read(struct weight_files *f, int layer)
+{
+    struct backend *be = f->be;
+    #pragma omp parallel num_threads(f->threads)
     {
         int me = omp_get_thread_num(), turn = 0;
         bool busy[2] = {false, false};
         #pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < p.n; i++) {
-            if (busy[turn]) op->wait_mark(be, 2 * me + turn);
-            busy[turn] = place(be, home, &p, &p.list[i], buffer[me][turn]);
+        for (int64_t i = 0; i < f->n; i++) {
+            if (layer != WEIGHTS_ALL && f->table->p[f->list[i].param].layer != layer) continue;
+            if (busy[turn]) be->ops->wait_mark(be, 2 * me + turn);
+            busy[turn] = place(f, &f->list[i], f->buffer[me][turn]);
             if (!busy[turn]) continue;
             #pragma omp critical(weights_copy)
-            op->mark(be, 2 * me + turn);
+            be->ops->mark(be, 2 * me + turn);
             turn ^= 1;
         }
     }
-    op->sync(be);
-out:
-    for (int i = 0; i < 2 * MOST_THREADS; i++) if (buffer[i / 2][i % 2]) op->release_host(be, buffer[i / 2][i % 2]);
-    free(p.list);
+    be->ops->sync(be);
+}
+
+int weights_load(const struct params *t, struct backend *be, const struct weight_home *home, const struct tensor_set *set, const char *where, const int *layer_of)
+{
+    struct weight_files *f = NULL;
+    int rc = weight_files_open(&f, t, be, home, set, where, layer_of);
+    if (rc == OK) weight_files_read(f, WEIGHTS_ALL);
+    weight_files_close(f);
     return rc;
 }
 
