@@ -50,6 +50,12 @@ dump --set shards.path=free --set dump.max_error=0 >free.log || fail "without a 
 same free "without a bound"
 dump --dry-run --no-measure >out.txt && ! grep -q '^precision' out.txt || fail "--no-measure measures"
 
+# a weight that is no number
+cp -r teacher broken
+printf '\x00\x00\x80\x7f' | dd of=broken/model.safetensors bs=1 seek=$(($(stat -c %s broken/model.safetensors) - 4)) conv=notrunc 2>dd.log
+expect_exit 5 'logits are not finite' dump --set teacher.path=broken --set shards.path=none
+[ ! -e none ] || fail "a broken teacher left something"
+
 # the other precision
 "$distill" teacher-dump config.yaml --set shards.path=native >native.log
 grep -q precision native/manifest.json native.log && fail "a native dump speaks of precision"
