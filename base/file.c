@@ -85,7 +85,10 @@ static int sync_parent(const char *path)
     return rc;
 }
 
-int file_replace(const char *path, const void *data, size_t bytes)
+/* Links have names of their own: EEXIST comes from the file system, without a moment between looking and doing. */
+static bool links(const char *tmp, const char *path) { return !link(tmp, path) || errno == EEXIST; }
+
+static int write_beside(const char *path, const void *data, size_t bytes, bool replace)
 {
     int rc = OK, fd = -1;
     char *tmp = xasprintf("%s.tmp-%d", path, (int)getpid());
@@ -96,7 +99,8 @@ int file_replace(const char *path, const void *data, size_t bytes)
     int closed = close(fd);
     fd = -1;
     if (closed) { rc = fail_errno(ERR_IO, "%s: cannot close", tmp); goto out; }
-    if (rename(tmp, path)) { rc = fail_errno(ERR_IO, "%s: cannot rename to %s", tmp, path); goto out; }
+    if (!replace && links(tmp, path)) unlink(tmp);
+    else if (rename(tmp, path)) { rc = fail_errno(ERR_IO, "%s: cannot rename to %s", tmp, path); goto out; }
     TRY(sync_parent(path));
 out:
     if (fd >= 0) close(fd);
@@ -104,6 +108,9 @@ out:
     free(tmp);
     return rc;
 }
+
+int file_replace(const char *path, const void *data, size_t bytes) { return write_beside(path, data, bytes, true); }
+int file_create(const char *path, const void *data, size_t bytes) { return write_beside(path, data, bytes, false); }
 
 int file_copy(const char *from, const char *to)
 {

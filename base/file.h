@@ -15,6 +15,9 @@ int file_pread(int fd, void *data, size_t bytes, int64_t offset, const char *pat
 int file_write_all(int fd, const void *data, size_t bytes, const char *path);
 /* path.tmp-PID, write, fsync, rename, fsync of the directory: the old file or the new one, never a mix. */
 int file_replace(const char *path, const void *data, size_t bytes);
+/* The same, but of several processes that create one file the first wins: a file that is there stays as it is, and that is OK too. Where the file system has no hard links
+ * it is file_replace(). */
+int file_create(const char *path, const void *data, size_t bytes);
 /* Removes path.tmp-PID (and what grew from it) of processes that are gone: a process killed in file_replace() cannot do it itself.
  * `alone`: the caller holds the lock under which these are made (base/lock.h), so that every one but its own is a dead one's. Else a PID that exists is
  * taken for a living writer, which is the safe mistake. */

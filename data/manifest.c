@@ -2,7 +2,8 @@
  *
  * The text is the identity of a dataset (its SHA-256 is the dataset id), so it holds nothing that changes between two runs of
  * the same job, and its last key is a CRC-32C of the bytes before it: a flipped bit is noticed before the first shard binds
- * the id. An unknown key is refused: it may change what the other keys mean. Format: FORMAT.md.
+ * the id. An unknown key is refused: it may change what the other keys mean. What was measured of a rounded teacher is part of the text too, but two
+ * runs of one job may measure it differently in the last digits: who makes the manifest has measured it for all. Format: FORMAT.md.
  */
 #include <math.h>
 #include <string.h>
@@ -22,6 +23,7 @@ static const int64_t SHARD_MAX_BYTES = (int64_t)1 << 40, MAX_ROWS = (int64_t)1 <
 static const char *const kind_names[SHARD_KIND_COUNT] = {"topk", "full", "hybrid", "sampled"};
 
 const char *shard_kind_name(enum shard_kind kind) { return kind_names[kind]; }
+const char *teacher_precision_name(enum teacher_precision precision) { return precision == PRECISION_FP8 ? "fp8_e4m3" : "native"; }
 
 /* ---- layout ---- */
 
@@ -129,6 +131,13 @@ int manifest_check(const struct shard_manifest *m, const char *where, int status
     int64_t row = row_bytes(m, ragged_row_most(m), &fields);
     if (m->rows_per_shard > SHARD_MAX_BYTES / row)
         return fail(status, "%s: %lld rows of %lld bytes make a shard of more than 2^40 bytes; use smaller shards", where, (long long)m->rows_per_shard, (long long)row);
+    const struct precision_error *e = &m->error;
+    if (m->precision == PRECISION_FP8) {
+        WITHIN(e->rows, 1, MAX_ROWS, "rows of precision_error");
+        WITHIN(e->positions, 1, INT64_MAX, "positions of precision_error");
+        if (!(e->kl >= 0 && e->kl_row_max >= 0 && e->label_difference >= 0 && isfinite(e->kl + e->kl_row_max + e->label_difference)) || !(e->agreement >= 0 && e->agreement <= 1))
+            return fail(status, "%s: precision_error holds a number that cannot be: KL %g, of a row %g, agreement %g, difference %g", where, e->kl, e->kl_row_max, e->agreement, e->label_difference);
+    }
     const char *hashes[] = {m->teacher_config_hash, m->teacher_weights_hash, m->tokenizer_hash, m->corpus_hash};
     for (int i = 0; i < 4; i++)
         if (!hash_is_valid(hashes[i])) return fail(status, "%s: \"%s\" is not a SHA-256 in lower-case hex", where, hashes[i]);
@@ -155,6 +164,14 @@ enum { DUMP_FLAGS = JSON_ENCODE_ANY | JSON_REAL_PRECISION(9) };
 /* The key of D; NULL: this kind does not draw, and a manifest of it has no such key. */
 static const char *draws_key(enum shard_kind kind) { return kind == SHARD_HYBRID ? "m" : kind == SHARD_SAMPLED ? "n" : NULL; }
 
+/* A measured number: more digits than it is worth are in nobody's way of reading it. */
+static json_t *measured(double value)
+{
+    char text[32];
+    snprintf(text, sizeof text, "%.6g", value);
+    return json_real(strtod(text, NULL));
+}
+
 /* Every key but "check". NULL when a string is not UTF-8. */
 static json_t *manifest_to_json(const struct shard_manifest *m)
 {
@@ -170,6 +187,12 @@ static json_t *manifest_to_json(const struct shard_manifest *m)
                      "teacher_weights_hash", m->teacher_weights_hash, "tokenizer_hash", m->tokenizer_hash, "corpus_hash", m->corpus_hash,
                      "packing", m->packing, "text_bytes", (json_int_t)m->text_bytes);
     if (o && draws_key(m->kind)) json_object_set_new(o, draws_key(m->kind), json_integer(m->draws));
+    if (o && m->precision != PRECISION_NATIVE) {
+        const struct precision_error *e = &m->error;
+        json_object_set_new(o, "teacher_precision", json_string(teacher_precision_name(m->precision)));
+        json_object_set_new(o, "precision_error", json_pack("{s:I, s:I, s:o, s:o, s:o, s:o}", "rows", (json_int_t)e->rows, "positions", (json_int_t)e->positions, "kl", measured(e->kl),
+                            "kl_row_max", measured(e->kl_row_max), "top1_agreement", measured(e->agreement), "label_logprob_difference", measured(e->label_difference)));
+    }
     return o;
 }
 
@@ -184,7 +207,8 @@ int manifest_write(const char *dir, const struct shard_manifest *m)
     body[strlen(body) - 2] = 0;                              /* "\n}" comes after the check */
     text = xasprintf("%s" CHECK_KEY "%08x\"\n}\n", body, crc32c(0, body, strlen(body)));
     TRY(FAILPOINT("manifest.before"));
-    TRY(file_replace(path, text, strlen(text)));
+    /* Without locks two processes may come here at once. Of a native teacher they write the same bytes; else what the second one measured must not replace what shards of the first bind. */
+    TRY((m->precision == PRECISION_NATIVE ? file_replace : file_create)(path, text, strlen(text)));
     TRY(FAILPOINT("manifest.after"));
 out:
     json_decref(o);
@@ -213,11 +237,40 @@ static int get_text(const json_t *o, const char *key, const char *where, char *t
     return OK;
 }
 
+static int get_measured(const json_t *o, const char *key, const char *where, double *value)
+{
+    const json_t *v = json_object_get(o, key);
+    *value = json_number_value(v);
+    return json_is_number(v) ? OK : fail(ERR_INPUT, "%s: key \"%s\" of precision_error is missing or not a number; " SHARD_REMEDY, where, key);
+}
+
+/* Neither key, or both. */
+static int precision_parse(const json_t *o, const char *where, struct shard_manifest *m)
+{
+    const json_t *precision = json_object_get(o, "teacher_precision"), *e = json_object_get(o, "precision_error");
+    int rc = OK;
+    if (!precision && !e) goto out;
+    m->precision = PRECISION_FP8;
+    if (!json_is_string(precision) || strcmp(json_string_value(precision), teacher_precision_name(PRECISION_FP8))) {
+        rc = fail(ERR_INPUT, "%s: teacher_precision is not \"%s\", and another is not known to format version %d: use a newer distill", where, teacher_precision_name(PRECISION_FP8), SHARD_VERSION);
+        goto out;
+    }
+    if (json_object_size(e) != 6) { rc = fail(ERR_INPUT, "%s: precision_error is missing or no object of six numbers; " SHARD_REMEDY, where); goto out; }
+    TRY(get_int(e, "rows", where, 1, MAX_ROWS, &m->error.rows));
+    TRY(get_int(e, "positions", where, 1, INT64_MAX, &m->error.positions));
+    TRY(get_measured(e, "kl", where, &m->error.kl));
+    TRY(get_measured(e, "kl_row_max", where, &m->error.kl_row_max));
+    TRY(get_measured(e, "top1_agreement", where, &m->error.agreement));
+    TRY(get_measured(e, "label_logprob_difference", where, &m->error.label_difference));
+out:
+    return rc;
+}
+
 static int members_parse(const json_t *o, const char *where, struct shard_manifest *m)
 {
     static const char *const known[] = {"format", "version", "tool", "kind", "rows", "row_length", "rows_per_shard", "k", "temperatures", "valid_vocab",
                                         "teacher_vocab", "seed", "teacher_name", "teacher_config_hash", "teacher_weights_hash", "tokenizer_hash",
-                                        "corpus_hash", "packing", "text_bytes", "check"};
+                                        "corpus_hash", "packing", "text_bytes", "teacher_precision", "precision_error", "check"};
     int rc = OK;
     int64_t version = 0, k = 0, draws = 0, valid_vocab = 0, teacher_vocab = 0;
     char format[64], kind[32], tool[256], seed[24];
@@ -269,6 +322,7 @@ static int members_parse(const json_t *o, const char *where, struct shard_manife
         double t = json_number_value(json_array_get(list, (size_t)i));     /* 0 when it is no number */
         m->temperatures[i] = t > 0 && t < 1e30 ? (float)t : 0;
     }
+    TRY(precision_parse(o, where, m));
     TRY(manifest_check(m, where, ERR_INPUT));
 out:
     return rc;
@@ -316,15 +370,23 @@ out:
     return rc;
 }
 
+int shard_manifest_read(const char *dir, struct shard_manifest *m)
+{
+    char id[SHA256_HEX];
+    return manifest_read(dir, m, id);
+}
+
 int manifest_same(const char *where, const struct shard_manifest *file, const struct shard_manifest *want)
 {
     int rc = OK;
     json_t *a = manifest_to_json(file), *b = manifest_to_json(want), *value;
     const char *key;
     if (!b) { rc = fail(ERR_USAGE, "%s: the teacher's name or the packing is not valid UTF-8; rename the teacher", where); goto out; }
+    json_object_set_new(a, "teacher_precision", json_string(teacher_precision_name(file->precision)));   /* here a native one has it too */
+    json_object_set_new(b, "teacher_precision", json_string(teacher_precision_name(want->precision)));
     json_object_foreach(b, key, value) {
         const json_t *there = json_object_get(a, key);
-        if (!strcmp(key, "teacher_name") || json_equal(there, value)) continue;
+        if (!strcmp(key, "teacher_name") || !strcmp(key, "precision_error") || json_equal(there, value)) continue;
         char *have = json_dumps(there, JSON_COMPACT | DUMP_FLAGS), *asked = json_dumps(value, JSON_COMPACT | DUMP_FLAGS);
         rc = fail(ERR_MISMATCH, "%s: was made with %s %s, this run has %s; go on with the settings it was made with or choose another directory", where, key, have, asked);
         free(have);

@@ -26,6 +26,17 @@ enum { SHARD_MAX_TEMPERATURES = 8, SHARD_MAX_K = 256, SHARD_MAX_DRAWS = 255 /* a
        SHARD_MAX_LENGTH = 1 << 20, SHARD_MAX_SHARDS = 1000000 };
 const char *shard_kind_name(enum shard_kind kind);
 
+/* How the teacher multiplied: in the type its device computes in, or, inside its blocks, factors rounded to e4m3 with a scale per row (base/fp8.h). */
+enum teacher_precision { PRECISION_NATIVE, PRECISION_FP8 };
+const char *teacher_precision_name(enum teacher_precision precision);
+/* What that rounding changed, at T = 1 over the supervised positions of some rows of the corpus: p without it, q with it. */
+struct precision_error {
+    int64_t rows, positions;
+    double kl, kl_row_max;                      /* KL(p || q), nats: mean over the positions; the largest of a row's means */
+    double agreement;                           /* share of positions where both put the same id first */
+    double label_difference;                    /* mean |log p(token t+1) - log q(token t+1)| */
+};
+
 /* What the manifest pins. */
 struct shard_manifest {
     enum shard_kind kind;
@@ -38,9 +49,13 @@ struct shard_manifest {
     uint64_t seed;
     char teacher_config_hash[SHA256_HEX], teacher_weights_hash[SHA256_HEX], tokenizer_hash[SHA256_HEX], corpus_hash[SHA256_HEX];   /* "": not known */
     char packing[128];                          /* one line that says how rows were made */
-    char teacher_name[256];                     /* for people: the one key in which a run that goes on may differ */
+    char teacher_name[256];                     /* for people: a run that goes on may have another */
     int64_t text_bytes;                         /* corpus_rows.bytes */
+    enum teacher_precision precision;
+    struct precision_error error;               /* measured once, by whoever made the manifest; all 0 of a native teacher. The other thing in which a run that goes on may differ */
 };
+/* Reads dir/manifest.json alone. */
+int shard_manifest_read(const char *dir, struct shard_manifest *m);
 
 /* One row; pointers into the caller's arrays, NULL where the kind has no such field. Positions that are not supervised must hold finite
  * values and ids below valid_vocab, zeros for instance. What a row must fulfil is in FORMAT.md, "What a reader checks". */

@@ -47,7 +47,7 @@ int manifest_check(const struct shard_manifest *m, const char *where, int status
 int manifest_read(const char *dir, struct shard_manifest *m, char id[SHA256_HEX]);
 int manifest_parse(const char *text, size_t bytes, const char *where, struct shard_manifest *m);
 int manifest_write(const char *dir, const struct shard_manifest *m);
-/* ERR_MISMATCH naming the first key that differs and both values; the teacher's name may differ. */
+/* ERR_MISMATCH naming the first key that differs and both values; the teacher's name and the measured error may differ. */
 int manifest_same(const char *where, const struct shard_manifest *file, const struct shard_manifest *want);
 
 /* ---- journal.c: journal.jsonl ---- */

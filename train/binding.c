@@ -74,6 +74,9 @@ static int check_keys(const struct shard_manifest *m, const struct config *c)
         rc = fail(ERR_MISMATCH, "shards.m is %lld, %s holds %d draws: point shards.path at the dataset you mean", (long long)c->shards_m, c->shards_path, m->draws);
     else if (m->kind == SHARD_SAMPLED && c->shards_draws != normal->shards_draws && c->shards_draws != m->draws)
         rc = fail(ERR_MISMATCH, "shards.draws is %lld, %s holds %d draws: point shards.path at the dataset you mean", (long long)c->shards_draws, c->shards_path, m->draws);
+    else if (strcmp(c->teacher_precision, normal->teacher_precision) && m->precision == PRECISION_NATIVE)
+        rc = fail(ERR_MISMATCH, "teacher.precision is %s, %s was dumped with a teacher at its %s precision: point shards.path at the dataset you mean", c->teacher_precision, c->shards_path,
+                  teacher_precision_name(m->precision));
     else if (c->corpus_row_length != normal->corpus_row_length && c->corpus_row_length != m->row_length)
         rc = fail(ERR_MISMATCH, "corpus.row_length is %lld, the rows of %s are %lld tokens long: a run takes its rows from the shards; point shards.path at the dataset you mean",
                   (long long)c->corpus_row_length, c->shards_path, (long long)m->row_length);

@@ -32,7 +32,7 @@ struct config {
     char *shards_path, *shards_heldout_path, *shards_kind; int64_t shards_k, shards_m, shards_draws, shards_rows_per_shard; struct double_list shards_temperatures;
     bool shards_follow; double shards_wait_s;
     /* dump */
-    int64_t dump_batch_rows, dump_chunk_tokens;
+    int64_t dump_batch_rows, dump_chunk_tokens, dump_error_rows; double dump_max_error;
     /* objective */
     char *objective_divergence, *objective_tail; double objective_beta, objective_alpha, objective_floor, objective_temperature, objective_kd_weight, objective_ce_weight;
     /* optimizer */

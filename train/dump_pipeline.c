@@ -87,6 +87,7 @@ static void plan(struct dump_pipeline *p, const struct model_config *c, int64_t 
     ADD(out.entropy, entropy, sizeof(float));
     ADD(out.label_logprob, label_logprob, sizeof(float));
     ADD(out.padding_mass, padding_mass, sizeof(float));
+    if (o->measure) dump_error_plan(&p->error_room, p->model, p->plan);
     memory_add_scratch(p->plan, model_scratch_bytes(p->model, o->k));
     p->o.batch_rows = batch_rows;
     p->o.weights = streamed ? WEIGHTS_STREAMED : WEIGHTS_RESIDENT;

@@ -5,7 +5,7 @@
 #define TRAIN_DUMP_PIPELINE_H
 
 #include "data/shard.h"
-#include "train/model.h"
+#include "train/dump_error.h"
 
 struct dump_options {
     enum shard_kind kind;
@@ -17,6 +17,7 @@ struct dump_options {
     int64_t chunk_tokens;              /* positions whose logits exist at one time */
     enum { WEIGHTS_AUTO, WEIGHTS_RESIDENT, WEIGHTS_STREAMED } weights;   /* auto: streamed where the device cannot hold them */
     bool fp8;                          /* the products of the blocks in fp8 (model_options) */
+    bool measure;                      /* with room to measure what that changes (dump_error.h) */
     size_t memory_limit;               /* bytes of device memory the plan may take; 0: what there is */
 };
 
@@ -37,6 +38,7 @@ struct dump_pipeline {
     struct backend *be;
     struct memory_plan *plan;
     struct model *model;
+    struct error_room error_room;      /* o.measure */
     struct dump_run *run;
 };
 struct dump_pipeline *dump_pipeline_new(struct backend *be, const struct model_config *c, const struct dump_options *o);

@@ -1,5 +1,5 @@
 /* distill inspect DATASET --against MODEL: rows chosen by a seed go through the model again, and what it says now is compared with what is stored.
- * With the model of the dump on the same kind of machine the difference is the rounding of the format; with the same weights on another
+ * The model computes at the precision of the dump's teacher. With the model of the dump on the same kind of machine the difference is the rounding of the format; with the same weights on another
  * backend or in another precision it is that noise; with a quantised or another model it is what that costs.
  *
  * Per supervised position, at T0, p stored and q recomputed:
@@ -100,7 +100,11 @@ static int comparison_open(struct comparison *c, const struct inspect_options *o
     }
     TRY(backend_open(&c->be, &device));
     c->plan = memory_plan_new(c->be);
-    struct model_options options = {.N = c->m->row_length, .max_doc = c->m->row_length, .head_rows = CHUNK < c->m->row_length ? CHUNK : c->m->row_length};
+    struct model_options options = {.N = c->m->row_length, .max_doc = c->m->row_length, .head_rows = CHUNK < c->m->row_length ? CHUNK : c->m->row_length, .fp8 = c->m->precision == PRECISION_FP8};
+    if (options.fp8 && model_check_fp8(c->be, config, "teacher.precision") != OK) {
+        rc = fail(ERR_USAGE, "%s was dumped by a teacher in fp8, and this build has no products in fp8 for %s on device %s: name another with --device", o->path, o->against, c->be->name);
+        goto out;
+    }
     c->model = model_new(c->be, config, &options, c->plan);
     memory_add_scratch(c->plan, model_scratch_bytes(c->model, 0));
     TRY(memory_commit(c->plan, 0));
@@ -183,6 +187,7 @@ static void report_noise(struct report *r, const struct comparison *c, const str
     report_text(r, "model", "model", o->against);
     report_line(r, "same_model", known ? json_boolean(same) : json_null(), "is the dump's teacher", "%s", !known ? "not known" : same ? "yes, by the hash of its weights" : "no: its hash differs");
     report_text(r, "device", "device", c->be->name);
+    report_text(r, "precision", "precision", teacher_precision_name(c->m->precision));
     report_line(r, "rows", json_integer(rows), "rows", "%lld, chosen by seed %lld", (long long)rows, (long long)o->seed);
     report_int(r, "positions", "supervised positions", s->n);
     bool outcomes = c->row.head_ids || c->row.logits;

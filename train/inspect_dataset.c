@@ -26,6 +26,20 @@ struct survey {
 
 static void report_hash(struct report *r, const char *key, const char *label, const char *hash) { report_text(r, key, label, *hash ? hash : "not known"); }
 
+/* Of a teacher that was rounded: how, and what that changed. */
+static void report_precision(struct report *r, const struct shard_manifest *m)
+{
+    const struct precision_error *e = &m->error;
+    report_text(r, "teacher_precision", "  precision", teacher_precision_name(m->precision));
+    if (m->precision == PRECISION_NATIVE) return;
+    report_line(r, "precision_kl", json_real(e->kl), "  KL(native || it)", "%.3g nats per token, %.3g in the worst row", e->kl, e->kl_row_max);
+    json_object_set_new(r->section, "precision_kl_row_max", json_real(e->kl_row_max));
+    report_line(r, "precision_agreement", json_real(e->agreement), "  same first choice", "%.2f %%", 100 * e->agreement);
+    report_line(r, "precision_label_difference", json_real(e->label_difference), "  log p(next token)", "differs by %.3g on average", e->label_difference);
+    report_line(r, "precision_positions", json_integer(e->positions), "  measured on", "%lld positions of %lld rows", (long long)e->positions, (long long)e->rows);
+    json_object_set_new(r->section, "precision_rows", json_integer(e->rows));
+}
+
 static void report_identity(struct report *r, const struct shard_dataset *d, const char *path)
 {
     const struct shard_manifest *m = shard_dataset_manifest(d);
@@ -47,6 +61,7 @@ static void report_identity(struct report *r, const struct shard_dataset *d, con
     json_object_set_new(r->section, "teacher_vocab", json_integer(m->teacher_vocab));
     report_line(r, "valid_vocab", json_integer(m->valid_vocab), "valid ids", "%d of the teacher's %d columns", m->valid_vocab, m->teacher_vocab);
     report_text(r, "teacher_name", "teacher", m->teacher_name);
+    report_precision(r, m);
     report_hash(r, "teacher_config_hash", "  hash of its config", m->teacher_config_hash);
     report_hash(r, "teacher_weights_hash", "  hash of its weights", m->teacher_weights_hash);
     report_hash(r, "tokenizer_hash", "hash of the tokenizer", m->tokenizer_hash);

@@ -72,16 +72,22 @@ size_t memory_total(const struct memory_plan *m)
     return total;
 }
 
-int memory_commit(struct memory_plan *m, size_t limit)
+int memory_check(const struct memory_plan *m, size_t limit)
 {
     size_t total = memory_total(m);
     int64_t available = m->be->ops->available(m->be);
     if (!limit || (int64_t)limit > available) limit = (size_t)available;
     const struct row *largest = &m->row[0];
     for (int i = 1; i < m->n_rows; i++) if (!m->row[i].on_host && (largest->on_host || m->row[i].bytes > largest->bytes)) largest = &m->row[i];
-    if (total > limit)
-        return fail(ERR_IO, "device %s: the run needs %.2f GiB and may use %.2f GiB; the largest part is %s with %.2f GiB: make %s smaller",
-                    m->be->name, (double)total / 0x1p30, (double)limit / 0x1p30, largest->name, (double)largest->bytes / 0x1p30, largest->key);
+    if (total <= limit) return OK;
+    return fail(ERR_IO, "device %s: the run needs %.2f GiB and may use %.2f GiB; the largest part is %s with %.2f GiB: make %s smaller",
+                m->be->name, (double)total / 0x1p30, (double)limit / 0x1p30, largest->name, (double)largest->bytes / 0x1p30, largest->key);
+}
+
+int memory_commit(struct memory_plan *m, size_t limit)
+{
+    int rc = memory_check(m, limit);
+    if (rc != OK) return rc;
     for (int i = 0; i < m->n_rows; i++) {
         if (!m->row[i].bytes) continue;
         m->row[i].block = (m->row[i].on_host ? m->be->ops->alloc_host : m->be->ops->alloc)(m->be, m->row[i].bytes);

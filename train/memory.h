@@ -23,6 +23,8 @@ void memory_add_host_slot(struct memory_plan *m, const char *row, const char *ke
 /* The scratch arena of the plan's backend: the largest of the calls counts. */
 void memory_add_scratch(struct memory_plan *m, size_t bytes);
 
+/* What memory_commit() would refuse, without taking anything. */
+int  memory_check(const struct memory_plan *m, size_t limit_bytes);
 /* ERR_IO when the plan needs more than limit_bytes (0: what the device has now): names the largest row and its key. */
 int  memory_commit(struct memory_plan *m, size_t limit_bytes);
 size_t memory_total(const struct memory_plan *m);

@@ -8,13 +8,12 @@
 #include "base/error.h"
 
 static act *rows_at(const struct model *m, act *x, int64_t row, int64_t width) { return (act *)((char *)x + (size_t)(row * width) * dtype_width(m->be->act_dtype)); }
-static int64_t block_bytes(const struct model *m) { return (m->home.layout.end - m->home.layout.begin) / m->c->n_layers; }
 
 /* Byte `at` of the layout, which belongs to layer l (-1: to none), on the device. */
 static void *weight_byte(const struct model *m, int l, int64_t at)
 {
     bool on_host;
-    if (m->o.layer_slots && l >= 0) return (char *)m->slot[m->entered % m->o.layer_slots] + (at - m->home.layout.begin - l * block_bytes(m));
+    if (m->o.layer_slots && l >= 0) return (char *)m->slot[m->entered % m->o.layer_slots] + (at - m->home.layout.begin - l * m->home.layout.block);
     return weight_home_at(&m->home, at, &on_host);
 }
 
@@ -132,7 +131,8 @@ struct model *model_new(struct backend *be, const struct model_config *c, const 
     m->c = c;
     m->o = *o;
     if (!o->ffn_rows || o->ffn_rows > o->N) m->o.ffn_rows = o->N;
-    CHECK(!o->train || (m->o.ffn_rows == o->N && !o->layer_slots), "a model that trains keeps its activations and its weights");
+    CHECK(!o->train || (m->o.ffn_rows == o->N && !o->layer_slots && !o->mapped), "a model that trains keeps its activations and its weights");
+    CHECK(!o->mapped || !o->layer_slots, "blocks come from the files or from host memory");
     m->params = params_new(c);
     m->acts = xcalloc((size_t)c->n_layers, sizeof *m->acts);
     size_t act_width = dtype_width(be->act_dtype);
@@ -144,9 +144,10 @@ struct model *model_new(struct backend *be, const struct model_config *c, const 
     if (o->layer_slots) {
         CHECK(o->layer_slots >= 2 && o->layer_slots <= STREAM_SLOTS, "%d places for streamed blocks", o->layer_slots);
         memory_add_host(plan, "blocks in host memory", "the model", &m->home.host, (size_t)blocks);
-        for (int i = 0; i < o->layer_slots; i++) memory_add(plan, "blocks on the device", "the model", &m->slot[i], (size_t)block_bytes(m));
+        for (int i = 0; i < o->layer_slots; i++) memory_add(plan, "blocks on the device", "the model", &m->slot[i], (size_t)m->home.layout.block);
     }
-    memory_add(plan, o->train ? "student weights" : "weights", "the model", &m->weights, (size_t)(m->home.layout.total - (o->layer_slots ? blocks : 0)));
+    if (o->mapped) memory_add(plan, "blocks on the device", "the model", &m->home.block, (size_t)m->home.layout.block);
+    memory_add(plan, o->train ? "student weights" : "weights", "the model", &m->weights, (size_t)(m->home.layout.total - (o->layer_slots || o->mapped ? blocks : 0)));
     if (o->train) memory_add(plan, "gradients", "the model", &m->grads, (size_t)m->params->total * dtype_width(be->grad_dtype));
     size_t rope = (size_t)o->max_doc * (size_t)(c->head_dim / 2) * sizeof(float);
     memory_add(plan, "batch and tables", batch_key, &m->rope_cos, rope);
@@ -189,6 +190,7 @@ struct model *model_new(struct backend *be, const struct model_config *c, const 
 void model_free(struct model *m)
 {
     if (!m) return;
+    weight_files_close(m->files);
     weight_layout_free(&m->home.layout);
     params_free(m->params);
     free(m->fp8);
@@ -232,13 +234,18 @@ void model_ready(struct model *m)
 
 void model_random_weights(struct model *m, uint64_t seed)
 {
+    CHECK(!m->o.mapped, "a mapped model has no place for random blocks");
     weights_random(m->params, m->be, &m->home, seed, m->logits, m->o.head_rows * m->c->vocab_size, m->slot[0]);
     model_weights_changed(m);
 }
 
 int model_load_weights(struct model *m, const struct tensor_set *set, const char *where, const int *layer_of)
 {
-    int rc = weights_load(m->params, m->be, &m->home, set, where, layer_of);
+    int rc;
+    if (m->o.mapped) {
+        rc = weight_files_open(&m->files, m->params, m->be, &m->home, set, where, layer_of);
+        if (rc == OK) rc = weight_files_read(m->files, WEIGHTS_OUTSIDE_BLOCKS);
+    } else rc = weights_load(m->params, m->be, &m->home, set, where, layer_of);
     if (rc == OK) model_weights_changed(m);
     return rc;
 }
@@ -376,13 +383,14 @@ static void block_forward(struct model *m, int l, const act *x, const act *r)
 static void block_ask(struct model *m)
 {
     int L = m->c->n_layers, slot = (int)(m->streamed % m->o.layer_slots);
-    size_t bytes = (size_t)block_bytes(m);
+    size_t bytes = (size_t)m->home.layout.block;
     m->be->ops->stream_in(m->be, slot, m->slot[slot], (const char *)m->home.host + (size_t)(m->streamed % L) * bytes, bytes);
     m->streamed++;
 }
 
-static void block_enter(struct model *m)
+static void block_enter(struct model *m, int l)
 {
+    if (m->files && m->read_status == OK) m->read_status = weight_files_read(m->files, l);          /* in the order of the ops: the block before is done with its memory */
     if (!m->o.layer_slots) return;
     while (m->streamed < m->entered + m->o.layer_slots) block_ask(m);
     m->be->ops->stream_ready(m->be, (int)(m->entered % m->o.layer_slots));
@@ -454,7 +462,7 @@ void model_forward(struct model *m)
     const struct model_config *c = m->c;
     op->embed_forward(m->be, m->acts[0].res_attn, m->tokens, W(m, m->params->embed), m->n, c->hidden_size);
     for (int l = 0; l < c->n_layers; l++) {
-        block_enter(m);
+        block_enter(m, l);
         block_forward(m, l, l ? m->acts[l - 1].res_mlp : m->acts[0].res_attn, l ? m->block_out : NULL);
         block_leave(m);
     }
@@ -473,8 +481,12 @@ void model_backward(struct model *m)
 
 void model_logits(struct model *m, int64_t first, int64_t rows)
 {
-    int64_t C = m->c->hidden_size;
-    m->be->ops->linear_forward(m->be, m->logits, rows_at(m, m->hidden, first, C), W(m, m->params->head), NULL, rows, C, m->c->vocab_size);
+    model_head(m, m->logits, rows_at(m, m->hidden, first, m->c->hidden_size), rows);
+}
+
+void model_head(struct model *m, act *logits, const act *hidden, int64_t rows)
+{
+    m->be->ops->linear_forward(m->be, logits, hidden, W(m, m->params->head), NULL, rows, m->c->hidden_size, m->c->vocab_size);
 }
 
 void model_forward_cached(struct model *m, const int32_t *tokens, int64_t n)

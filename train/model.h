@@ -50,6 +50,7 @@ struct model_options {
     int64_t ffn_rows;         /* inference: positions that pass through the MLP at a time, its buffers being the widest; 0: all N */
     bool fp8;                 /* the products of the blocks in fp8; embedding, head and attention stay as they are. Only where model_check_fp8() is OK */
     int layer_slots;          /* inference: 0: blocks are resident; 2 .. STREAM_SLOTS: they are streamed from host memory through so many places */
+    bool mapped;              /* inference: every pass reads each block from the checkpoint's files when its turn comes, into room for one */
 };
 
 struct model {
@@ -59,6 +60,7 @@ struct model {
     struct model_options o;
     act *weights; grad *grads;            /* weights: home.device; of a model that trains, the table itself */
     struct weight_home home;
+    struct weight_files *files; int read_status;    /* o.mapped: where blocks are read from, and the first failure of that: passes are worth nothing then */
     struct layer_fp8 *fp8; struct fp8 dy8;          /* [L]; scratch for the gradient of a product's output */
     struct fp8_census *census; bool count;          /* device, [CENSUS_COUNT]; count: what passes through products is counted there */
     void *slot[STREAM_SLOTS]; int64_t streamed, entered;   /* streamed: blocks asked for and blocks begun since the start; block n is layer n mod L in slot n mod layer_slots */
@@ -78,7 +80,7 @@ struct model {
 struct model *model_new(struct backend *be, const struct model_config *c, const struct model_options *o, struct memory_plan *plan);
 void model_ready(struct model *m);        /* after the commit: fills the rotary table */
 void model_random_weights(struct model *m, uint64_t seed);      /* N(0, initializer_range) and so on: params_init */
-int  model_load_weights(struct model *m, const struct tensor_set *set, const char *where, const int *layer_of);   /* params_match's refusals */
+int  model_load_weights(struct model *m, const struct tensor_set *set, const char *where, const int *layer_of);   /* params_match's refusals. o.mapped: `set` stays open as long as m */
 /* ERR_USAGE: this device, or these widths on it, have no products in fp8; `key` asked for them. */
 int  model_check_fp8(const struct backend *be, const struct model_config *c, const char *key);
 /* To be called when a training model's weights were set or moved: rounds them to fp8. Does nothing without o.fp8. */
@@ -94,6 +96,7 @@ void model_forward(struct model *m);                            /* batch -> hidd
 void model_backward(struct model *m);                           /* d_hidden -> grads (+=) */
 /* logits (rows, V) of hidden rows [first, first + rows), rows <= head_rows, into m->logits */
 void model_logits(struct model *m, int64_t first, int64_t rows);
+void model_head(struct model *m, act *logits, const act *hidden, int64_t rows);   /* the same, of any hidden states */
 /* Generation: the next n tokens of the one sequence -> hidden; the cache grows by n. */
 void model_forward_cached(struct model *m, const int32_t *tokens, int64_t n);
 

@@ -76,6 +76,8 @@ const struct option options[] = {
 
     WHOLE ("dump.batch_rows", dump_batch_rows, "0", 0, 65536, D | B, "rows of one forward pass of the teacher; 0: what the device's memory and the streaming of weights ask for"),
     WHOLE ("dump.chunk_tokens", dump_chunk_tokens, "1024", 1, 1048576, D | B, "positions whose logits exist at one time"),
+    WHOLE ("dump.error_rows", dump_error_rows, "4", 1, 65536, D, "teacher.precision fp8: a new dump first measures on so many rows what the rounding changes; they pass through the native teacher together"),
+    REAL  ("dump.max_error", dump_max_error, "0.02", 0, 1e6, D, "teacher.precision fp8: a dump does not begin when fp8 is farther from native than this, in nats per token (mean KL); 0: no bound"),
 
     TEXT  ("objective.divergence", objective_divergence, "forward_kl", T, "distance from teacher to student: forward_kl, reverse_kl, jsd, skew_kl, tvd, or a weighted sum such as 0.7 forward_kl + 0.3 reverse_kl"),
     CHOICE("objective.tail", objective_tail, "auto", "auto|unbiased|bucket|renormalise|drop", T,

@@ -1,13 +1,15 @@
 /* distill teacher-dump: the corpus into rows, and shard after shard of them through the pipeline (dump_pipeline.c: forward, targets, and back to the
- * host beside the next batch) into the shard writer. Held-out rows first. */
+ * host beside the next batch) into the shard writer. Held-out rows first. What is dumped in fp8 is measured before anything is written (dump_error.c). */
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
 #include <time.h>
 
 #include "base/error.h"
+#include "base/file.h"
 #include "data/shard.h"
 #include "train/command.h"
+#include "train/dump_error.h"
 #include "train/dump_pipeline.h"
 #include "train/dump_plan.h"
 #include "train/load.h"
@@ -31,6 +33,7 @@ struct dump {
 
     struct backend *be;
     struct dump_pipeline *pipeline;
+    struct precision_error error;             /* of a teacher in fp8: measured, or what a dataset of it says */
 };
 
 static int open_teacher(struct dump *d)
@@ -82,6 +85,7 @@ static int plan_memory(struct dump *d)
     struct dump_options o = {.kind = d->kind, .k = d->k, .draws = d->draws, .seed = (uint64_t)c->run_seed, .nT = d->nT, .Vv = d->Vv, .row_length = c->corpus_row_length, .batch_rows = c->dump_batch_rows, .chunk_tokens = c->dump_chunk_tokens,
                              .weights = !strcmp(c->teacher_weights, "resident") ? WEIGHTS_RESIDENT : !strcmp(c->teacher_weights, "streamed") ? WEIGHTS_STREAMED : WEIGHTS_AUTO,
                              .memory_limit = (size_t)(c->memory_limit_gib * 0x1p30), .fp8 = !strcmp(c->teacher_precision, "fp8")};
+    o.measure = o.fp8;
     memcpy(o.temperatures, d->temperatures, sizeof o.temperatures);
     if (o.fp8) TRY(model_check_fp8(d->be, d->files->config, "teacher.precision"));
     d->pipeline = dump_pipeline_new(d->be, d->files->config, &o);
@@ -95,6 +99,8 @@ static int make_manifest(const struct dump *d, const struct corpus_rows *rows, s
     *m = (struct shard_manifest){.kind = d->kind, .rows = rows->rows, .row_length = rows->length, .rows_per_shard = c->shards_rows_per_shard < rows->rows ? c->shards_rows_per_shard : rows->rows, .k = d->k, .draws = d->draws, .n_temperatures = d->nT,
                                  .valid_vocab = (int32_t)d->Vv, .teacher_vocab = (int32_t)d->files->config->vocab_size, .seed = (uint64_t)c->run_seed, .text_bytes = rows->bytes};
     memcpy(m->temperatures, d->temperatures, sizeof m->temperatures);
+    m->precision = d->pipeline->o.fp8 ? PRECISION_FP8 : PRECISION_NATIVE;
+    m->error = d->error;
     model_config_hash(d->files->config, m->teacher_config_hash);
     strcpy(m->teacher_weights_hash, d->weights_hash);
     if (d->tokenizer) tokenizer_hash(d->tokenizer, m->tokenizer_hash);
@@ -102,6 +108,65 @@ static int make_manifest(const struct dump *d, const struct corpus_rows *rows, s
     snprintf(m->packing, sizeof m->packing, "documents end to end in rows of %lld, positions restart at every document and row", (long long)rows->length);
     snprintf(m->teacher_name, sizeof m->teacher_name, "%s", d->files->path);
     return OK;
+}
+
+/* ---- what fp8 changes ---- */
+
+static void print_error(const struct precision_error *e, const char *when)
+{
+    printf("precision %s, %s: KL(native || fp8) %.3g nats per token over %lld positions of %lld rows (%.3g in the worst row), the same first choice at %.2f %%, log p(next token) differs by %.3g\n",
+           teacher_precision_name(PRECISION_FP8), when, e->kl, (long long)e->positions, (long long)e->rows, e->kl_row_max, 100 * e->agreement, e->label_difference);
+}
+
+/* A dataset of this teacher that was begun holds the figures for all that follow: others may get other last digits. What is wrong with a manifest, the writer says. */
+static bool error_found(struct dump *d)
+{
+    char *heldout = heldout_shards_path(d->c), hash[SHA256_HEX];
+    const char *paths[] = {heldout, d->c->shards_path};
+    bool found = false;
+    model_config_hash(d->files->config, hash);
+    for (int i = 0; i < 2 && !found; i++) {
+        struct shard_manifest m;
+        char *manifest = path_join(paths[i], "manifest.json");
+        found = path_exists(manifest) && shard_manifest_read(paths[i], &m) == OK && m.precision == PRECISION_FP8 && m.seed == (uint64_t)d->c->run_seed && !strcmp(m.teacher_config_hash, hash) &&
+                !strcmp(m.teacher_weights_hash, d->weights_hash);
+        if (found) d->error = m.error;
+        free(manifest);
+    }
+    free(heldout);
+    return found;
+}
+
+static int error_check(const struct dump *d)
+{
+    double bound = d->c->dump_max_error;
+    if (bound <= 0 || d->error.kl <= bound) return OK;
+    return fail(ERR_NUMERIC, "%s: in fp8 it is %.3g nats per token from what it is without (KL over %lld positions), and dump.max_error allows %g: set teacher.precision to native, or raise dump.max_error to dump it all the same",
+                d->files->path, d->error.kl, (long long)d->error.positions, bound);
+}
+
+/* The pipeline's memory and weights; of a teacher in fp8 that nobody has measured yet what the rounding changes, before there is a manifest. */
+static int load_teacher(struct dump *d)
+{
+    struct dump_pipeline *p = d->pipeline;
+    struct dump_error *e = NULL;
+    bool fp8 = p->o.fp8, dry_run = d->flags.dry_run;
+    int rc = OK;
+    TRY(memory_check(p->plan, p->o.memory_limit));           /* before every weight is read */
+    if (!dry_run) tensor_set_hash(d->files->tensors, d->weights_hash);
+    if (fp8 && (dry_run || !error_found(d))) {
+        TRY(dump_error_new(&e, d->train, d->c->dump_error_rows, (uint64_t)d->c->run_seed));
+        TRY(dump_error_native(e, d->be, d->files, p->o.memory_limit));
+    }
+    TRY(dump_pipeline_ready(p));
+    TRY(model_files_load(d->files, p->model));
+    if (e) TRY(dump_error_compare(e, p->model, &p->error_room, p->o.batch_rows, d->Vv, &d->error));
+    if (fp8) print_error(&d->error, e ? "measured" : "as measured when the dataset was begun");
+    fflush(stdout);
+    if (fp8 && !dry_run) rc = error_check(d);
+out:
+    dump_error_free(e);
+    return rc;
 }
 
 /* For the progress line: `at_start` rows were made before, by whomever; this process has taken stats_at_start rows of other datasets. */
@@ -183,6 +248,7 @@ static int dump_dataset(struct dump *d, const struct corpus_rows *rows, const ch
     struct shard_manifest m;
     struct shard_writer *w = NULL;
     int rc = OK;
+    if (d->pipeline->o.fp8) error_found(d);                  /* another process may have been the first to begin */
     TRY(make_manifest(d, rows, &m));
     if (range.end < 0) range.end = shard_count(&m);
     if (range.end) TRY(shard_writer_open_range(&w, path, &m, range.first, range.end));
@@ -295,12 +361,10 @@ static int run(struct dump *d)
     if (!d->flags.dry_run || d->flags.no_measure) TRY(space);
     if (d->flags.no_measure) goto out;
     fflush(stdout);
-    TRY(dump_pipeline_ready(d->pipeline));
-    if (!d->flags.dry_run) tensor_set_hash(d->files->tensors, d->weights_hash);
-    TRY(model_files_load(d->files, d->pipeline->model));
+    TRY(load_teacher(d));
     if (d->flags.dry_run) {
         TRY(measure(d));
-        if (space != OK) rc = fail(space, "%s", no_room);           /* the plan first, then what is wrong with it */
+        rc = space != OK ? fail(space, "%s", no_room) : error_check(d);   /* the plan first, then what is wrong with it */
         goto out;
     }
     TRY(dump_datasets(d, heldout));
@@ -341,7 +405,7 @@ int command_teacher_dump(int argc, char **argv)
     TRY(command_config(argc, argv, CMD_TEACHER_DUMP, "Runs the teacher once over the corpus and writes its targets into HDF5 shards. Run it again to go on where it stopped; several at once share the work.",
                        "distill teacher-dump configs/quickstart/distill.yaml", take_flag, &d.flags,
                        "  --dry-run      print the plan and stop: bytes per token, memory, FLOPs, disk, and from a few batches the hours and a table of what K, m and N cost\n"
-                       "                 in gradient error. Exit code 4 when the shards do not fit on the disk\n"
+                       "                 in gradient error, and what teacher.precision fp8 changes. Exit code 4 when the shards do not fit on the disk, 5 when fp8 changes more than dump.max_error\n"
                        "  --no-measure   with --dry-run: without the batches, so that no weight is read\n"
                        "  --no-space-check   dump although the disk seems too small\n"
                        "  --shards A:B   make shards A to B-1 and no others, without relying on locks: for job arrays on file systems whose locks do not reach other\n"

@@ -68,7 +68,7 @@ static int open_shards(struct trainer *t)
     if (c->train_eval_every && path_exists(manifest)) {
         TRY(shard_dataset_open(&t->heldout_dataset, heldout));
         const struct shard_manifest *h = shard_dataset_manifest(t->heldout_dataset);
-        if (h->kind != m->kind || h->k != m->k || h->draws != m->draws || h->valid_vocab != m->valid_vocab || h->row_length != m->row_length || strcmp(h->teacher_weights_hash, m->teacher_weights_hash)) {
+        if (h->kind != m->kind || h->k != m->k || h->draws != m->draws || h->valid_vocab != m->valid_vocab || h->row_length != m->row_length || h->precision != m->precision || strcmp(h->teacher_weights_hash, m->teacher_weights_hash)) {
             rc = fail(ERR_MISMATCH, "%s and %s were not dumped with one teacher and one configuration; dump both again or set train.eval_every to 0", c->shards_path, heldout);
             goto out;
         }

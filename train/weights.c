@@ -1,9 +1,11 @@
-/* See weights.h. A load is cut into pieces of a few MiB. Every thread takes the next piece, converts it out of the mapped file into pinned memory and
- * starts its copy; with two buffers a thread it converts the next one meanwhile. Pieces of streamed blocks are converted where they stay. */
+/* See weights.h. A checkpoint is cut into pieces of a few MiB, in the order of its files. Every thread takes the next piece, reads it, into pinned memory where nothing is to be
+ * converted, and starts its copy; with two buffers a thread it reads the next one meanwhile. What the host can write itself, streamed blocks and the
+ * weights of a backend whose memory is the host's, is read or converted where it stays. */
 #include "train/weights.h"
 
 #include <math.h>
 #include <omp.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "base/error.h"
@@ -25,13 +27,14 @@ struct weight_layout weight_layout_new(const struct params *t, enum dtype act_dt
         bool rounded = fp8 && p->layer >= 0 && p->n_dims == 2;
         if (!fp8) w.total = p->offset * width;
         if (p->layer == 0 && !w.begin) w.begin = w.total;
-        if (p == t->norm) w.end = w.total;
+        if (p == t->norm) w.end = w.total;   /* blocks are alike, so that each takes the same */
         w.at[i] = w.total;
         w.total += aligned(rounded ? p->count : p->count * width);
         w.scale_at[i] = rounded ? w.total : -1;
         if (rounded) w.total += aligned(p->rows * (int64_t)sizeof(float));
     }
     if (!fp8) w.total = t->total * width;
+    w.block = (w.end - w.begin) / t->n_layers;
     return w;
 }
 
@@ -44,16 +47,26 @@ void weight_layout_free(struct weight_layout *layout)
 void *weight_home_at(const struct weight_home *home, int64_t at, bool *on_host)
 {
     const struct weight_layout *w = &home->layout;
-    *on_host = home->host && at >= w->begin && at < w->end;
+    bool in_block = at >= w->begin && at < w->end, elsewhere = home->host || home->block;
+    *on_host = home->host && in_block;
     if (*on_host) return (char *)home->host + (at - w->begin);
-    return (char *)home->device + (home->host && at >= w->end ? at - (w->end - w->begin) : at);
+    if (home->block && in_block) return (char *)home->block + (at - w->begin) % w->block;
+    return (char *)home->device + (elsewhere && at >= w->end ? at - (w->end - w->begin) : at);
 }
 
 /* ---- loading ---- */
 
 /* elements [first, first + count) of a tensor, which are elements from `within` on of parameter i; whole rows where they become fp8 */
 struct piece { const struct tensor_view *from; int64_t first, count, within; int param; };
-struct pieces { const struct params *table; const struct weight_layout *layout; int64_t width; struct piece *list; int64_t n, room; };
+struct weight_files {
+    const struct params *table;
+    struct backend *be;
+    const struct weight_home *home;
+    const struct tensor_set *set;
+    int64_t width;                                           /* of the device's elements */
+    struct piece *list; int64_t n, room;                     /* in the order of the files */
+    int threads; void *buffer[MOST_THREADS][2];
+};
 
 static int param_at(const struct params *t, int64_t offset)
 {
@@ -68,16 +81,34 @@ static int param_at(const struct params *t, int64_t offset)
 
 static int cut(void *context, const struct tensor_view *v, int64_t offset)
 {
-    struct pieces *p = context;
-    int i = param_at(p->table, offset);
-    int64_t cols = p->table->p[i].cols, most = PIECE / p->width;
-    if (p->layout->scale_at[i] >= 0) most = (PIECE - ALIGNMENT) / (cols + (int64_t)sizeof(float)) * cols;
-    CHECK(most > 0, "a row of %lld elements is longer than a piece", (long long)cols);
+    struct weight_files *f = context;
+    int i = param_at(f->table, offset);
+    int64_t cols = f->table->p[i].cols, width = (int64_t)dtype_width(v->dtype), most = PIECE / (width > f->width ? width : f->width);
+    if (f->home->layout.scale_at[i] >= 0) {                  /* a row as it lies in the file has to fit as well */
+        most = (PIECE - ALIGNMENT) / (cols * width > cols + (int64_t)sizeof(float) ? cols * width : cols + (int64_t)sizeof(float)) * cols;
+        CHECK(most > 0, "a row of %lld elements is longer than a piece", (long long)cols);
+    }
     for (int64_t first = 0; first < v->count; first += most) {
-        if (p->n == p->room) p->list = xrealloc(p->list, (size_t)(p->room = p->room ? 2 * p->room : 256) * sizeof *p->list);
-        p->list[p->n++] = (struct piece){v, first, v->count - first < most ? v->count - first : most, offset - p->table->p[i].offset + first, i};
+        if (f->n == f->room) f->list = xrealloc(f->list, (size_t)(f->room = f->room ? 2 * f->room : 256) * sizeof *f->list);
+        f->list[f->n++] = (struct piece){v, first, v->count - first < most ? v->count - first : most, offset - f->table->p[i].offset + first, i};
     }
     return OK;
+}
+
+static int by_place(const void *a, const void *b)
+{
+    const struct piece *p = a, *q = b;
+    if (p->from->file != q->from->file) return p->from->file < q->from->file ? -1 : 1;
+    const char *x = (const char *)p->from->data + (size_t)p->first * dtype_width(p->from->dtype), *y = (const char *)q->from->data + (size_t)q->first * dtype_width(q->from->dtype);
+    return (x > y) - (x < y);
+}
+
+/* The tensor of a piece, with the piece's elements, which were read to `raw`, at their own numbers. */
+static struct tensor_view view_of(const struct piece *p, const void *raw)
+{
+    struct tensor_view v = *p->from;
+    v.data = (const void *)((uintptr_t)raw - (uintptr_t)p->first * dtype_width(v.dtype));
+    return v;
 }
 
 /* params_match() let nothing but weights through, so this cannot fail. */
@@ -87,31 +118,39 @@ static void read_floats(const struct tensor_view *v, int64_t first, int64_t coun
     CHECK(rc == OK, "tensor %s holds no weights", v->name);
 }
 
-static void convert(void *to, enum dtype dtype, const struct piece *p)
+/* raw: room for a piece as it lies in the file */
+static int fetch(void *to, enum dtype dtype, const struct piece *p, const struct tensor_set *set, void *raw)
 {
-    const struct tensor_view *v = p->from;
-    if (v->dtype == dtype) {
-        memcpy(to, (const char *)v->data + (size_t)p->first * dtype_width(dtype), (size_t)p->count * dtype_width(dtype));
-        return;
-    }
+    if (p->from->dtype == dtype) return tensor_read(set, p->from, p->first, p->count, to);
+    int rc = tensor_read(set, p->from, p->first, p->count, raw);
+    struct tensor_view v = view_of(p, raw);
     enum { SPAN = 4096 };
     float span[SPAN];
-    for (int64_t done = 0, n; done < p->count; done += n) {
+    for (int64_t done = 0, n; rc == OK && done < p->count; done += n) {
         n = p->count - done < SPAN ? p->count - done : SPAN;
         float *at = dtype == DTYPE_F32 ? (float *)to + done : span;
-        read_floats(v, p->first + done, n, at);
+        read_floats(&v, p->first + done, n, at);
         if (dtype != DTYPE_F32) for (int64_t i = 0; i < n; i++) ((uint16_t *)to)[done + i] = bf16_from_float(at[i]);
     }
+    return rc;
 }
 
-/* As op->quantize rounds them. */
-static void convert_fp8(uint8_t *q, float *scale, const struct piece *p, int64_t cols)
+/* As op->quantize rounds them. What was published in fp8 with a scale per row, or one for all, stays as it is: rounding it to other scales would round it twice. */
+static int fetch_fp8(uint8_t *q, float *scale, const struct piece *p, int64_t cols, const struct tensor_set *set, void *raw)
 {
+    const struct tensor_scale *published = p->from->scale;
+    int64_t rows = p->count / cols;
+    if (published && published->kind != SCALE_BLOCK) {
+        tensor_row_scales(p->from, p->first / cols, rows, scale);
+        return tensor_read(set, p->from, p->first, p->count, q);
+    }
+    int rc = tensor_read(set, p->from, p->first, p->count, raw);
+    struct tensor_view v = view_of(p, raw);
     float *row = xmalloc((size_t)cols * sizeof *row);
-    for (int64_t r = 0; r < p->count / cols; r++) {
+    for (int64_t r = 0; rc == OK && r < rows; r++) {
         float most = 0;
         bool nan = false;
-        read_floats(p->from, p->first + r * cols, cols, row);
+        read_floats(&v, p->first + r * cols, cols, row);
         for (int64_t c = 0; c < cols; c++) {
             float a = fabsf(row[c]);
             most = a > most ? a : most;
@@ -122,59 +161,100 @@ static void convert_fp8(uint8_t *q, float *scale, const struct piece *p, int64_t
         for (int64_t c = 0; c < cols; c++) q[r * cols + c] = e4m3_from_float(row[c] * inverse);
     }
     free(row);
+    return rc;
 }
 
-/* One piece to where it belongs: converted there, or by way of `buffer`. Returns whether the device still has to read the buffer. */
-static bool place(struct backend *be, const struct weight_home *home, const struct pieces *all, const struct piece *p, void *buffer)
+/* One piece to where it belongs: made there, or in `buffer`. *copying: the device still has to read the buffer. */
+static int place(const struct weight_files *f, const struct piece *p, void *buffer, void *raw, bool *copying)
 {
-    const struct param *param = &all->table->p[p->param];
+    struct backend *be = f->be;
+    const struct weight_home *home = f->home;
+    const struct param *param = &f->table->p[p->param];
     const struct weight_layout *w = &home->layout;
-    bool rounded = w->scale_at[p->param] >= 0, on_host;
-    int64_t rows = p->count / param->cols, bytes = rounded ? p->count : p->count * all->width;
-    char *to = weight_home_at(home, w->at[p->param] + (rounded ? p->within : p->within * all->width), &on_host), *scale_to = NULL;
-    if (rounded) scale_to = weight_home_at(home, w->scale_at[p->param] + p->within / param->cols * (int64_t)sizeof(float), &on_host);
-    char *q = on_host ? to : buffer, *scale = on_host ? scale_to : q + rows * param->cols + (-rows * param->cols & 3);
-    if (rounded) convert_fp8((uint8_t *)q, (float *)(void *)scale, p, param->cols);
-    else convert(q, be->act_dtype, p);
-    if (on_host) return false;
+    bool rounded = w->scale_at[p->param] >= 0, here;
+    int64_t rows = p->count / param->cols, bytes = rounded ? p->count : p->count * f->width;
+    char *to = weight_home_at(home, w->at[p->param] + (rounded ? p->within : p->within * f->width), &here), *scale_to = NULL;
+    if (rounded) scale_to = weight_home_at(home, w->scale_at[p->param] + p->within / param->cols * (int64_t)sizeof(float), &here);
+    here |= be->host_memory;
+    char *made = here ? to : buffer, *scale = here ? scale_to : made + bytes + (-bytes & 3);
+    int rc = rounded ? fetch_fp8((uint8_t *)made, (float *)(void *)scale, p, param->cols, f->set, raw) : fetch(made, be->act_dtype, p, f->set, raw);
+    *copying = rc == OK && !here;
+    if (!*copying) return rc;
     #pragma omp critical(weights_copy)
     {
-        be->ops->upload(be, to, q, (size_t)bytes);
+        be->ops->upload(be, to, made, (size_t)bytes);
         if (rounded) be->ops->upload(be, scale_to, scale, (size_t)rows * sizeof(float));
     }
-    return true;
+    return OK;
+}
+
+int weight_files_open(struct weight_files **out, const struct params *t, struct backend *be, const struct weight_home *home, const struct tensor_set *set, const char *where,
+                      const int *layer_of)
+{
+    struct weight_files *f = xcalloc(1, sizeof *f);
+    int rc = OK;
+    *f = (struct weight_files){.table = t, .be = be, .home = home, .set = set, .width = (int64_t)dtype_width(be->act_dtype)};
+    TRY(params_match(t, set, where, layer_of, cut, f));
+    qsort(f->list, (size_t)f->n, sizeof *f->list, by_place);
+    f->threads = omp_get_num_procs() < MOST_THREADS ? omp_get_num_procs() : MOST_THREADS;
+    if (f->n < f->threads) f->threads = (int)f->n;
+    for (int i = 0; i < 2 * f->threads && !be->host_memory; i++)
+        if (!(f->buffer[i / 2][i % 2] = be->ops->alloc_host(be, PIECE))) {
+            rc = fail(ERR_IO, "device %s: no host memory for the buffers that weights are loaded through (%d MiB)", be->name, 2 * f->threads * (PIECE >> 20));
+            goto out;
+        }
+    *out = f;
+    f = NULL;
+out:
+    weight_files_close(f);
+    return rc;
+}
+
+void weight_files_close(struct weight_files *f)
+{
+    if (!f) return;
+    for (int i = 0; i < 2 * f->threads; i++) if (f->buffer[i / 2][i % 2]) f->be->ops->release_host(f->be, f->buffer[i / 2][i % 2]);
+    free(f->list);
+    free(f);
+}
+
+int weight_files_read(struct weight_files *f, int layer)
+{
+    struct backend *be = f->be;
+    char message[1024] = "";
+    int failed = OK;
+    #pragma omp parallel num_threads(f->threads)
+    {
+        int me = omp_get_thread_num(), turn = 0, rc;
+        bool busy[2] = {false, false};
+        char *raw = xmalloc(PIECE);
+        #pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < f->n; i++) {
+            if (layer != WEIGHTS_ALL && f->table->p[f->list[i].param].layer != layer) continue;
+            if (busy[turn]) be->ops->wait_mark(be, 2 * me + turn);
+            rc = place(f, &f->list[i], f->buffer[me][turn], raw, &busy[turn]);
+            if (rc == OK && !busy[turn]) continue;
+            #pragma omp critical(weights_copy)
+            if (rc == OK) {
+                be->ops->mark(be, 2 * me + turn);
+                turn ^= 1;
+            } else if (failed == OK) {
+                failed = rc;
+                snprintf(message, sizeof message, "%s", fail_message());        /* a thread's own; the caller reads its thread's */
+            }
+        }
+        free(raw);
+    }
+    be->ops->sync(be);
+    return failed == OK ? OK : fail(failed, "%s", message);
 }
 
 int weights_load(const struct params *t, struct backend *be, const struct weight_home *home, const struct tensor_set *set, const char *where, const int *layer_of)
 {
-    const struct ops *op = be->ops;
-    struct pieces p = {.table = t, .layout = &home->layout, .width = (int64_t)dtype_width(be->act_dtype)};
-    void *buffer[MOST_THREADS][2] = {{NULL}};
-    int rc = OK;
-    TRY(params_match(t, set, where, layer_of, cut, &p));
-    int threads = omp_get_num_procs() < MOST_THREADS ? omp_get_num_procs() : MOST_THREADS;
-    if (p.n < threads) threads = (int)p.n;
-    for (int i = 0; i < 2 * threads; i++)
-        if (!(buffer[i / 2][i % 2] = op->alloc_host(be, PIECE))) { rc = fail(ERR_IO, "device %s: no host memory for the buffers that weights are loaded through (%d MiB)", be->name, 2 * threads * (PIECE >> 20)); goto out; }
-
-    #pragma omp parallel num_threads(threads)
-    {
-        int me = omp_get_thread_num(), turn = 0;
-        bool busy[2] = {false, false};
-        #pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < p.n; i++) {
-            if (busy[turn]) op->wait_mark(be, 2 * me + turn);
-            busy[turn] = place(be, home, &p, &p.list[i], buffer[me][turn]);
-            if (!busy[turn]) continue;
-            #pragma omp critical(weights_copy)
-            op->mark(be, 2 * me + turn);
-            turn ^= 1;
-        }
-    }
-    op->sync(be);
-out:
-    for (int i = 0; i < 2 * MOST_THREADS; i++) if (buffer[i / 2][i % 2]) op->release_host(be, buffer[i / 2][i % 2]);
-    free(p.list);
+    struct weight_files *f = NULL;
+    int rc = weight_files_open(&f, t, be, home, set, where, layer_of);
+    if (rc == OK) rc = weight_files_read(f, WEIGHTS_ALL);
+    weight_files_close(f);
     return rc;
 }
 

@@ -4,6 +4,7 @@
 #include <string.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "base/error.h"
@@ -73,6 +74,39 @@ Test(file, replace_leaves_the_old_file_or_the_new_one)
     char *parent = xasprintf("%s.tmp-%d", dir, (int)getpid());
     cr_assert(!path_exists(parent));
     free(parent); free(path); free(inside); free(missing);
+}
+
+/* The first of several wins, whatever the others have to say. */
+Test(file, create_leaves_what_is_there)
+{
+    char *path = path_join(dir, "made"), *data;
+    size_t n;
+    int status;
+    cr_assert_eq(file_create(path, "first", 5), OK);
+    cr_assert_eq(file_create(path, "second", 6), OK);
+    cr_assert_eq(file_read(path, 100, &data, &n), OK);
+    cr_assert(n == 5 && !memcmp(data, "first", 5));
+    free(data);
+    for (int round = 0; round < 20; round++) {
+        cr_assert_eq(unlink(path), 0);
+        for (int i = 0; i < 4; i++) {
+            if (fork()) continue;
+            char text[8];
+            snprintf(text, sizeof text, "by %d", i);
+            int rc = file_create(path, text, 4), before = rc == OK ? file_read(path, 100, &data, &n) : rc;
+            char *again = NULL;
+            struct timespec moment = {.tv_nsec = 2000000};
+            nanosleep(&moment, NULL);
+            _exit(before == OK && file_read(path, 100, &again, &n) == OK && n == 4 && !memcmp(data, again, 4) ? 0 : 1);   /* what it saw is what stays */
+        }
+        for (int i = 0; i < 4; i++) cr_assert(wait(&status) > 0 && status == 0);
+    }
+    char **names;
+    int count;
+    cr_assert_eq(dir_list(dir, &names, &count), OK);
+    cr_assert_eq(count, 1, "%d files", count);                     /* no temporary one */
+    names_free(names, count);
+    free(path);
 }
 
 Test(file, copy)

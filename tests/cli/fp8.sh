@@ -1,58 +1,108 @@
 #!/usr/bin/env bash
-# Published fp8 checkpoints through the commands: tests/golden/fp8 has a teacher in e4m3 with block scales (as DeepSeek-V3 and Qwen3-FP8) and a student with a bf16
-# scale per row (as llm-compressor writes); cli/check compares both with transformers on the dequantised weights. test_fp8_model has every kind.
+# A dump by a teacher in fp8: its error is measured before anything is written, is what two dumps of all logits say it is, and goes with the dataset; killed, shared and
+# streamed dumps are the same bytes; other precisions and larger errors are refused.
 source "$(dirname "$0")/common.sh"
-golden=$source_root/tests/golden/fp8
-"$distill" inspect "$golden/teacher" >out.txt || fail "inspect teacher"
-grep -q 'quantised by .*fp8: e4m3, one scale per block of 24 x 40' out.txt && grep -q 'F8_E4M3 in 14 tensors' out.txt && grep -q 'for 14 F8_E4M3 tensors, from' out.txt || fail "inspect: $(cat out.txt)"
-"$distill" inspect "$golden/student" >out.txt || fail "inspect student"
-grep -q 'compressed-tensors: e4m3, one scale per row' out.txt || fail "inspect: $(cat out.txt)"
+make_world
+fp8=(--set teacher.precision=fp8 --set dump.error_rows=3)
+dump() { "$distill" teacher-dump config.yaml "${fp8[@]}" "$@"; }
+# same PATH WHY: the dataset and the held-out one are those of logits, to the byte
+same() { diff -r logits "$1" >diff.txt && diff -r logits-heldout "$1-heldout" >>diff.txt || fail "$1 differs $2: $(head -2 diff.txt)"; }
+number() { grep -o "\"$2\": [0-9.e-]*" "$1" | grep -o '[0-9.e-]*$'; }
 
-# a scale counts: another one, another model
-cp -r "$golden" case
-header=$(od -An -tu8 -N8 case/teacher/model.safetensors | tr -d ' ')
-at=$(head -c $((8 + header)) case/teacher/model.safetensors | tail -c "$header" | grep -o '"model.layers.1.mlp.down_proj.weight_scale_inv":{[^}]*}' | grep -o 'data_offsets":\[[0-9]*' | grep -o '[0-9]*$')
-poke() { printf "$1" | dd of=case/teacher/model.safetensors bs=1 seek=$((8 + header + at)) conv=notrunc 2>/dev/null; }
-poke '\x00\x00\x00\x3f'
-expect_exit 5 'outside their bound' "$distill" check case
-poke '\x00\x00\x80\xff'
-expect_exit 3 'down_proj.weight_scale_inv: element 0 is -inf; a scale is finite and above 0' "$distill" inspect case/teacher
-poke '\x00\x00\x00\x00'
-expect_exit 3 'down_proj.weight_scale_inv: element 0 is 0;' "$distill" check case
-# a NaN among the numbers is one more weight that is not finite
-rm -rf case && cp -r "$golden" case
-at=$(head -c $((8 + header)) case/teacher/model.safetensors | tail -c "$header" | grep -o '"model.layers.1.mlp.down_proj.weight":{[^}]*}' | grep -o 'data_offsets":\[[0-9]*' | grep -o '[0-9]*$')
-poke '\x7f'
-expect_exit 5 'hold 1 NaN and 0 Inf' "$distill" inspect case/teacher
-# without what says how the numbers are scaled, and with what says it in a way that is not known
-rm -rf case && cp -r "$golden" case
-sed -i 's/"quant_method": "fp8"/"quant_method": "gptq"/' case/teacher/config.json
-expect_exit 3 'config.json: key "quantization_config.quant_method" is "gptq"; fp8, compressed-tensors, fbgemm_fp8 and modelopt' "$distill" check case
-sed -i 's/"quantization_config": {/"task_specific_params": {/' case/teacher/config.json
-expect_exit 3 'q_proj.weight has type F8_E4M3 and no scale' "$distill" check case
-
-# teacher and student in fp8, all the way; what is written is plain
-awk 'BEGIN { srand(3); for (d = 0; d < 60; d++) { printf "{\"ids\": ["; for (i = 0; i < 40; i++) printf "%s%d", i ? ", " : "", int(rand() * 131); print "]}" } }' >ids.jsonl
-cat >config.yaml <<EOF
-run: {threads: 2, seed: 3}
-corpus: {files: [ids.jsonl], format: ids, row_length: 32, heldout_fraction: 0.2, append_eos: false}
-teacher: {path: $golden/teacher}
-student: {init: hf, path: $golden/student}
-shards: {path: logits, kind: topk, k: 8, rows_per_shard: 16}
-train: {steps: 2, batch_rows: 4, micro_rows: 2, check_alignment: false}
-EOF
-"$distill" teacher-dump config.yaml >dump.log || fail "teacher-dump: $(tail -3 dump.log)"
-"$distill" train config.yaml >train.log || fail "train: $(tail -3 train.log)"
-"$distill" eval config.yaml >eval.log || fail "eval: $(tail -3 eval.log)"
-"$distill" inspect run/checkpoints/step-00000002 >out.txt || fail "inspect checkpoint"
-for dtype in f32 bf16; do
-    "$distill" export config.yaml --set export.model="$golden/teacher" --set export.path=$dtype --set export.dtype=$dtype >export.log || fail "export $dtype: $(tail -3 export.log)"
-    "$distill" inspect $dtype >out.txt || fail "inspect $dtype"
+dump >dump.log || fail "dump: $(tail -1 dump.log)"
+grep -q '^precision fp8_e4m3, measured: KL(native || fp8) [0-9.e-]* nats per token over [0-9]* positions of 3 rows' dump.log || fail "the error is not said: $(grep precision dump.log)"
+for name in "" -heldout; do
+    grep -q '"teacher_precision": "fp8_e4m3"' logits$name/manifest.json || fail "logits$name does not say how it was made"
+    [ "$(number logits$name/manifest.json kl)" = "$(number logits/manifest.json kl)" ] && [ "$(sed -n '/precision_error/,/}/p' logits$name/manifest.json | wc -l)" = 8 ] || fail "logits$name has other figures"
 done
-"$distill" export config.yaml --set export.model="$golden/teacher" --set export.format=gguf --set export.path=f16.gguf --set export.dtype=f16 >export.log || fail "export gguf: $(tail -3 export.log)"
-grep -l quantization_config run/checkpoints/*/config.json f32/config.json bf16/config.json && fail "a plain model says that it is quantised"
-# the dequantised teacher has the same logits to the bit
-"$distill" teacher-dump config.yaml --set teacher.path=f32 --set shards.path=logits-f32 >dump.log || fail "teacher-dump f32: $(tail -3 dump.log)"
-for logits in logits logits-f32; do "$distill" inspect $logits --rows 0:40 --jsonl >$logits.jsonl || fail "inspect $logits"; done
-[ "$(wc -l <logits.jsonl)" -ge 40 ] && cmp -s logits.jsonl logits-f32.jsonl || fail "the dequantised teacher dumps other rows"
+awk -v kl="$(number logits/manifest.json kl)" 'BEGIN { exit !(kl > 1e-6 && kl < 0.02) }' || fail "KL of fp8 is $(number logits/manifest.json kl)"
+
+# however the pass is cut
+i=0
+for way in 'dump.batch_rows=1 dump.chunk_tokens=1000 run.threads=1' 'dump.batch_rows=5 dump.chunk_tokens=7 teacher.weights=streamed' ; do
+    dump --set shards.path=way$((++i)) $(printf -- '--set %s ' $way) >way.log || fail "$way: $(tail -1 way.log)"
+    same way$i "with $way"
+done
+
+# killed around either manifest and in the midst of shards, started again with another number of rows: what was measured first stays
+for point in manifest.before@1 manifest.after@1 manifest.before@2 manifest.after@2 shard.before_rename@3 journal.before@9; do
+    rm -rf killed killed-heldout
+    code=0; (DISTILL_FAIL="${point%@*}:kill@${point#*@}" dump --set shards.path=killed >killed.log 2>&1; exit $?) 2>/dev/null || code=$?
+    [ $code = 137 ] || fail "the dump does not come by $point: exit $code"
+    begun=; [ -e killed-heldout/manifest.json ] && begun="--set dump.error_rows=1"
+    dump --set shards.path=killed $begun >killed.log || fail "after a kill at $point: $(tail -1 killed.log)"
+    [ -z "$begun" ] || grep -q '^precision fp8_e4m3, as measured when the dataset was begun' killed.log || fail "measured again after a kill at $point: $(grep precision killed.log)"
+    same killed "after a kill at $point"
+done
+
+# several at once
+for i in 1 2 3; do dump --set shards.path=many --set dump.batch_rows=1 >many$i.log 2>&1 & pids[$i]=$!; done
+for i in 1 2 3; do wait ${pids[$i]} || fail "writer $i: $(tail -1 many$i.log)"; done
+cmp logits/manifest.json many/manifest.json && diff -r logits/shards many/shards >diff.txt || fail "three writers: $(head -2 diff.txt)"
+
+# a bound: refused before anything is written, with and without a plan; a dataset that was begun is held to it too
+expect_exit 5 'teacher: in fp8 it is [0-9.e-]+ nats per token .*dump.max_error allows 1e-07: ' dump --set shards.path=none --set dump.max_error=1e-7
+[ ! -e none ] && [ ! -e none-heldout ] || fail "a dump above the bound left something"
+expect_exit 5 'dump.max_error' dump --set shards.path=none --set dump.max_error=1e-7 --dry-run
+grep -q '^precision fp8_e4m3, measured' out.txt && grep -q 'what a target costs' out.txt || fail "the plan of a dump above the bound: $(cat out.txt)"
+expect_exit 5 'dump.max_error' dump --set dump.max_error=1e-7
+dump --set shards.path=free --set dump.max_error=0 >free.log || fail "without a bound: $(tail -1 free.log)"
+same free "without a bound"
+dump --dry-run --no-measure >out.txt && ! grep -q '^precision' out.txt || fail "--no-measure measures"
+
+# a weight that is no number
+cp -r teacher broken
+printf '\x00\x00\x80\x7f' | dd of=broken/model.safetensors bs=1 seek=$(($(stat -c %s broken/model.safetensors) - 4)) conv=notrunc 2>dd.log
+expect_exit 5 'logits are not finite' dump --set teacher.path=broken --set shards.path=none
+[ ! -e none ] || fail "a broken teacher left something"
+
+# the other precision
+"$distill" teacher-dump config.yaml --set shards.path=native >native.log
+grep -q precision native/manifest.json native.log && fail "a native dump speaks of precision"
+expect_exit 6 'was made with teacher_precision "fp8_e4m3", this run has "native"' "$distill" teacher-dump config.yaml
+expect_exit 6 'was made with teacher_precision "native", this run has "fp8_e4m3"' dump --set shards.path=native
+expect_exit 6 'not dumped with one teacher and one configuration' "$distill" train config.yaml --set run.dir=run --set shards.heldout_path=native-heldout
+expect_exit 6 'teacher.precision is fp8, native was dumped with a teacher at its native precision' "$distill" train config.yaml --set run.dir=run --set shards.path=native --set teacher.precision=fp8
+"$distill" train config.yaml "${fp8[@]}" --set run.dir=run >train.log 2>&1 || fail "train: $(tail -1 train.log)"
+
+# inspect
+"$distill" inspect logits >out.txt
+for pattern in 'precision +fp8_e4m3' 'KL\(native \|\| it\) +[0-9.e-]+ nats per token' 'same first choice +[0-9.]+ %' 'measured on +[0-9]+ positions of 3 rows'; do
+    grep -qE "$pattern" out.txt || fail "inspect does not say '$pattern': $(head -25 out.txt)"
+done
+"$distill" inspect logits --json >out.txt && [ "$(number out.txt precision_kl)" = "$(number logits/manifest.json kl)" ] || fail "inspect --json: KL $(number out.txt precision_kl)"
+"$distill" inspect native | grep -qE 'precision +native' || fail "inspect of a native dump"
+"$distill" inspect logits --verify >out.txt || fail "verify: $(cat out.txt)"
+"$distill" inspect logits --against teacher --json >fp8.json
+"$distill" inspect native --against teacher --json >native.json
+# f16 log-probabilities are all that parts them: at the other precision it would be some 7e-5
+for f in fp8 native; do awk -v kl="$(number $f.json kl_mean)" 'BEGIN { exit !(kl < 1e-6) }' || fail "$f against its own teacher: KL $(number $f.json kl_mean)"; done
+
+# an independent word: all rows measured, and all logits of both teachers compared in NumPy
+for python in "${DISTILL_PYTHON:-}" python3 /usr/bin/python3 ''; do [ -n "$python" ] && "$python" -c 'import h5py, numpy' 2>/dev/null && break; done
+if [ -n "$python" ]; then
+    all=(--set shards.kind=full --set shards.temperatures=[1.0])
+    "$distill" teacher-dump config.yaml "${all[@]}" --set shards.path=full >full.log
+    dump "${all[@]}" --set shards.path=full8 --set dump.error_rows=65536 >full8.log
+    "$python" "$source_root/scripts/read_shards.py" full8 >read.log || fail "read_shards: $(cat read.log)"
+    "$python" - full full8 <<'PY' || fail "the manifest's figures are not those of the logits"
+import glob, json, sys
+import h5py, numpy as np
+def read(dataset, name):
+    return np.concatenate([h5py.File(f)[name][:] for f in sorted(glob.glob(dataset + "/shards/*.h5"))])
+def logp(dataset):
+    t = read(dataset, "logits").astype(np.float64)
+    return t - np.log(np.exp(t).sum(-1, keepdims=True))
+e = json.load(open(sys.argv[2] + "/manifest.json"))["precision_error"]
+p, q, on, tokens = logp(sys.argv[1]), logp(sys.argv[2]), read(sys.argv[1], "loss_mask") == 1, read(sys.argv[1], "tokens").astype(np.int64)
+kl = (np.exp(p) * (p - q)).sum(-1)
+label = np.abs(np.take_along_axis(p - q, np.roll(tokens, -1, 1)[..., None], -1))[..., 0]
+want = {"rows": on.any(1).sum(), "positions": on.sum(), "kl": kl[on].mean(), "kl_row_max": max(kl[r][on[r]].mean() for r in range(len(on)) if on[r].any()),
+        "top1_agreement": (p.argmax(-1) == q.argmax(-1))[on].mean(), "label_logprob_difference": label[on].mean()}
+for key, value in want.items():      # the dumps' logits are rounded to f16; the manifest's were not
+    print(key, e[key], value)
+    if abs(e[key] / value - 1) > (0 if key in ("rows", "positions") else 0.03):
+        sys.exit(1)
+PY
+else echo "SKIPPED: the comparison with NumPy; no Python with h5py (DISTILL_PYTHON)"; fi
 finish

@@ -101,13 +101,21 @@ Test(shard, data_begin_at_pages)
     shard_file_close(&f);
 }
 
+static struct shard_manifest rounded(void)
+{
+    struct shard_manifest m = small();
+    m.precision = PRECISION_FP8;
+    m.error = (struct precision_error){.rows = 4, .positions = 1234, .kl = 0.0012345678, .kl_row_max = 0.25, .agreement = 0.9875, .label_difference = 0};
+    return m;
+}
+
 /* An independent reader, when Python with h5py is there. */
 Test(shard, h5py_reads_everything)
 {
     const char *python = python_with_h5py();
     struct shard_manifest kinds[] = {small(), fixture_manifest(SHARD_FULL, 5, 2, 12, 37, 0), fixture_manifest(SHARD_TOPK, 2, 1, 4, 140000, 7),
                                      fixture_manifest(SHARD_HYBRID, 5, 2, 12, 300, 5), fixture_manifest(SHARD_HYBRID, 2, 1, 4, 140000, 7), fixture_manifest(SHARD_HYBRID, 3, 1, 6, 11, 11),
-                                     fixture_manifest(SHARD_SAMPLED, 5, 2, 12, 300, 9), fixture_manifest(SHARD_SAMPLED, 2, 1, 4, 140000, 7)};
+                                     fixture_manifest(SHARD_SAMPLED, 5, 2, 12, 300, 9), fixture_manifest(SHARD_SAMPLED, 2, 1, 4, 140000, 7), rounded()};
     for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++) {
         char *dir = dataset_new(kept(xasprintf("kind%zu", i)), &kinds[i]);
         char *command = xasprintf("%s %s/scripts/read_shards.py --row 1 %s > %s/out", python, SOURCE_ROOT, dir, base);
@@ -163,24 +171,16 @@ Test(shard, another_manifest)
     FAILS(shard_writer_open(&w, no, &other), ERR_USAGE, "UTF-8");
 }
 
+struct forgery { const char *from, *to, *part; };
+
 /* Well-formed manifests that say what they should not: the check is made right again. */
-Test(shard, hostile_manifest)
+static void hostile(const char *dir, const struct forgery *cases, size_t n)
 {
-    static const struct { const char *from, *to, *part; } cases[] = {
-        {"\"topk\"", "\"hybrid\"", "\"m\" is missing"}, {"\"topk\"", "\"sampled\"", "\"n\" is missing"}, {"\"k\": 5", "\"k\": 5,\n  \"m\": 1", "key \"m\""}, {"\"k\": 5", "\"k\": 5,\n  \"n\": 1", "key \"n\""}, {"\"topk\"", "\"zip\"", "zip"}, {"\"k\": 5", "\"k\": 5,\n  \"zz\": 1", "zz"},
-        {"\"version\": 1", "\"version\": 2", "version 2"}, {"\"rows\": 5", "\"rows\": 0", "rows"}, {"\"rows\": 5", "\"rows\": 1e3", "rows"}, {"\"rows\": 5", "\"rows\": -5", "rows"},
-        {"\"rows\": 5", "\"rows\": 1000000000000", "shards"}, {"\"row_length\": 12", "\"row_length\": 1", "row_length"}, {"\"row_length\": 12", "\"row_length\": 4000000000", "row_length"},
-        {"\"valid_vocab\": 300", "\"valid_vocab\": 300000", "valid_vocab"}, {"\"valid_vocab\": 300", "\"valid_vocab\": 4", "k is 5"}, {"0.7", "\"0.7\"", "temperature"}, {"0.7", "-0.7", "temperature"},
-        {"0.7", "1e999", "JSON"}, {"0.7", "1e300", "temperature"}, {"\"seed\": \"", "\"seed\": \"0", "seed"}, {"\"seed\": \"", "\"seed\": \"9", "seed"}, {"\"seed\": \"", "\"seed\": \"-", "seed"},
-        {"distill-logit-shards", "other", "format"}, {"\"k\": 5", "\"k\": 5,\n  \"k\": 5", "JSON"}, {"aaaa", "AAAA", "SHA-256"}, {"aaaa", "aaa", "SHA-256"}, {"\"text_bytes\": 12345", "\"text_bytes\": \"\"", "text_bytes"},
-    };
-    struct shard_manifest m = small();
-    char *dir = dataset_new("d", &m), *path;
     size_t bytes;
-    char *text = (char *)slurp(dir, "manifest.json", &bytes, &path), *key = strstr(text, ",\n  \"check\"");
     struct shard_dataset *d;
+    char *path, *text = (char *)slurp(dir, "manifest.json", &bytes, &path), *key = strstr(text, ",\n  \"check\"");
     *key = 0;
-    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+    for (size_t i = 0; i < n; i++) {
         char *at = strstr(text, cases[i].from);
         cr_assert(at, "%s", cases[i].from);
         char *body = xasprintf("%.*s%s%s", (int)(at - text), text, cases[i].to, at + strlen(cases[i].from));
@@ -190,10 +190,69 @@ Test(shard, hostile_manifest)
         free(body);
         free(whole);
     }
+}
+
+Test(shard, hostile_manifest)
+{
+    static const struct forgery cases[] = {
+        {"\"topk\"", "\"hybrid\"", "\"m\" is missing"}, {"\"topk\"", "\"sampled\"", "\"n\" is missing"}, {"\"k\": 5", "\"k\": 5,\n  \"m\": 1", "key \"m\""}, {"\"k\": 5", "\"k\": 5,\n  \"n\": 1", "key \"n\""}, {"\"topk\"", "\"zip\"", "zip"}, {"\"k\": 5", "\"k\": 5,\n  \"zz\": 1", "zz"},
+        {"\"version\": 1", "\"version\": 2", "version 2"}, {"\"rows\": 5", "\"rows\": 0", "rows"}, {"\"rows\": 5", "\"rows\": 1e3", "rows"}, {"\"rows\": 5", "\"rows\": -5", "rows"},
+        {"\"rows\": 5", "\"rows\": 1000000000000", "shards"}, {"\"row_length\": 12", "\"row_length\": 1", "row_length"}, {"\"row_length\": 12", "\"row_length\": 4000000000", "row_length"},
+        {"\"valid_vocab\": 300", "\"valid_vocab\": 300000", "valid_vocab"}, {"\"valid_vocab\": 300", "\"valid_vocab\": 4", "k is 5"}, {"0.7", "\"0.7\"", "temperature"}, {"0.7", "-0.7", "temperature"},
+        {"0.7", "1e999", "JSON"}, {"0.7", "1e300", "temperature"}, {"\"seed\": \"", "\"seed\": \"0", "seed"}, {"\"seed\": \"", "\"seed\": \"9", "seed"}, {"\"seed\": \"", "\"seed\": \"-", "seed"},
+        {"distill-logit-shards", "other", "format"}, {"\"k\": 5", "\"k\": 5,\n  \"k\": 5", "JSON"}, {"aaaa", "AAAA", "SHA-256"}, {"aaaa", "aaa", "SHA-256"}, {"\"text_bytes\": 12345", "\"text_bytes\": \"\"", "text_bytes"},
+    };
+    struct shard_manifest m = small();
+    char *dir = dataset_new("d", &m), *path = kept_path(dir, "manifest.json");
+    hostile(dir, cases, sizeof cases / sizeof *cases);
+    struct shard_dataset *d;
     FAILS(shard_dataset_open(&d, base), ERR_INPUT, "no manifest.json");
     unlink(path);
     struct shard_writer *w;
     FAILS(shard_writer_open(&w, dir, &m), ERR_INPUT, "journal but no manifest");
+}
+
+/* A teacher in fp8: the error is of the manifest's bytes and not of its identity; a native manifest says nothing of either. */
+Test(shard, rounded_teacher)
+{
+    struct shard_manifest m = rounded(), native = small(), other, back;
+    struct shard_writer *w;
+    size_t bytes;
+    char *dir = dataset_new("d", &m), *plain = dataset_new("plain", &native), *path;
+    char *text = (char *)slurp(dir, "manifest.json", &bytes, &path);
+    cr_assert(strstr(text, "\"teacher_precision\": \"fp8_e4m3\",\n  \"precision_error\": {\n    \"rows\": 4,\n    \"positions\": 1234,\n    \"kl\": 0.00123457,\n"), "%s", text);
+    cr_assert(!strstr((char *)slurp(plain, "manifest.json", &bytes, &path), "precision"));
+    OK_OR_DIE(shard_manifest_read(plain, &back));
+    cr_assert_eq(back.precision, PRECISION_NATIVE);
+    OK_OR_DIE(shard_manifest_read(dir, &back));
+    cr_assert(back.precision == PRECISION_FP8 && back.error.rows == 4 && back.error.positions == 1234 && back.error.kl == 0.00123457 && back.error.kl_row_max == 0.25 &&
+              back.error.agreement == 0.9875 && back.error.label_difference == 0);
+    other = m;
+    other.error.kl = 0.5;
+    OK_OR_DIE(shard_writer_open(&w, dir, &other));                /* measured on another device: the dataset keeps what it has */
+    shard_writer_close(w);
+    OK_OR_DIE(fixture_dump(dir, &other));
+    struct shard_manifest again;
+    OK_OR_DIE(shard_manifest_read(dir, &again));
+    cr_assert_eq(again.error.kl, 0.00123457);
+    round_trip("rounded", back);
+    FAILS(shard_writer_open(&w, dir, &native), ERR_MISMATCH, "teacher_precision \"fp8_e4m3\", this run has \"native\"");
+    FAILS(shard_writer_open(&w, plain, &m), ERR_MISMATCH, "teacher_precision \"native\", this run has \"fp8_e4m3\"");
+    char *no = kept_path(base, "no");
+    REFUSED(other.error = (struct precision_error){0}, "rows of precision_error");
+    REFUSED(other.error.positions = 0, "positions of precision_error");
+    REFUSED(other.error.kl = NAN, "cannot be");
+    REFUSED(other.error.kl = -1e-9, "cannot be");
+    REFUSED(other.error.kl_row_max = INFINITY, "cannot be");
+    REFUSED(other.error.agreement = 1.5, "cannot be");
+    static const struct forgery cases[] = {
+        {"\"fp8_e4m3\"", "\"native\"", "teacher_precision is not"}, {"\"fp8_e4m3\"", "\"fp4\"", "newer distill"}, {"\"fp8_e4m3\"", "8", "teacher_precision is not"},
+        {"\"teacher_precision\": \"fp8_e4m3\",", "", "teacher_precision is not"}, {"\"precision_error\"", "\"precision_errors\"", "not known"},
+        {"\"kl\": 0.00123457", "\"kl\": \"0\"", "kl"}, {"\"kl\": 0.00123457", "\"kl\": -0.1", "cannot be"}, {"\"kl\": 0.00123457,", "", "six numbers"},
+        {"\"kl\": 0.00123457", "\"lk\": 1", "\"kl\" of precision_error"}, {"\"rows\": 4", "\"rows\": 0", "rows"}, {"\"positions\": 1234", "\"positions\": 0", "positions"},
+        {"\"top1_agreement\": 0.9875", "\"top1_agreement\": 2", "cannot be"}, {"\"rows\": 4", "\"rows\": 4, \"x\": 1", "six numbers"},
+    };
+    hostile(dir, cases, sizeof cases / sizeof *cases);
 }
 
 /* ---- what a row must be ---- */

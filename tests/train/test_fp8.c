@@ -128,40 +128,54 @@ static int give_tensor(void *context, const struct tensor_spec *spec, size_t off
     return OK;
 }
 
-Test(fp8, loading_rounds_as_the_device_does)
+/* The fixture's weights as a checkpoint in `dir`, opened. */
+static struct tensor_set *checkpoint(const struct fixture *f, const char *dir)
 {
-    struct fixture f;
-    struct fixture_options o = options("qwen2", true);
-    char dir[] = "/tmp/test_fp8_XXXXXX";
-    cr_assert(mkdtemp(dir));
-    fixture_open(&f, &o);
     struct { struct tensor_spec spec[64]; int64_t offset[64]; int n; } list = {.n = 0};
-    cr_assert_eq(params_each(f.model->params, take_tensor, &list), OK);
-    struct source source = {(const float *)f.model->weights, list.spec, list.offset};
-    cr_assert_eq(safetensors_write_dir(dir, list.spec, list.n, 0, give_tensor, &source), OK, "%s", fail_message());
     struct tensor_set *set = NULL;
+    cr_assert_eq(params_each(f->model->params, take_tensor, &list), OK);
+    struct source source = {(const float *)f->model->weights, list.spec, list.offset};
+    cr_assert_eq(safetensors_write_dir(dir, list.spec, list.n, 0, give_tensor, &source), OK, "%s", fail_message());
     cr_assert_eq(tensor_set_open(&set, dir), OK, "%s", fail_message());
-    for (int slots = 0; slots <= 2; slots += 2) {
-        struct memory_plan *plan = memory_plan_new(f.be);
-        struct batch *b = fixture_batch(2, 23, documents, 0, 9);
-        struct model *m = inference_model(&f, plan, &(struct model_options){.N = b->n, .max_doc = 23, .head_rows = 5, .layer_slots = slots, .fp8 = true});
-        cr_assert_eq(model_load_weights(m, set, dir, NULL), OK, "%s", fail_message());
-        model_set_batch(f.model, b);
-        model_forward(f.model);
-        model_set_batch(m, b);
-        model_forward(m);
-        cr_expect(!memcmp(m->hidden, f.model->hidden, (size_t)(b->n * 24) * sizeof(float)), "%d places", slots);
-        /* a byte per element of the blocks' matrices, four for a scale: the reason for all this */
-        const struct weight_layout *w = &m->home.layout;
-        cr_expect_lt(w->end - w->begin, f.model->params->total * 2, "blocks take %ld bytes", (long)(w->end - w->begin));
-        model_free(m);
-        memory_plan_free(plan);
-        batch_free(b);
-    }
-    tensor_set_close(set);
     for (int i = 0; i < list.n; i++) free((char *)(void *)(uintptr_t)list.spec[i].name);
-    fixture_close(&f);
-    cr_assert_eq(dir_remove_tree(dir), OK);
+    return set;
+}
+
+/* Resident, streamed, or read block by block in every pass: the hidden states of the training model, rounded or not, to the bit. */
+Test(fp8, a_loaded_model_is_the_training_models_forward)
+{
+    static const struct { int slots; bool mapped; } ways[] = {{0, false}, {2, false}, {0, true}};
+    for (int fp8 = 0; fp8 < 2; fp8++) {
+        struct fixture f;
+        struct fixture_options o = options("qwen2", fp8);
+        char dir[] = "/tmp/test_fp8_XXXXXX";
+        cr_assert(mkdtemp(dir));
+        fixture_open(&f, &o);
+        struct tensor_set *set = checkpoint(&f, dir);
+        for (int way = 0; way < 3; way++) {
+            struct memory_plan *plan = memory_plan_new(f.be);
+            struct batch *b = fixture_batch(2, 23, documents, 0, 9);
+            struct model *m = inference_model(&f, plan, &(struct model_options){.N = b->n, .max_doc = 23, .head_rows = 5, .layer_slots = ways[way].slots, .mapped = ways[way].mapped, .fp8 = fp8});
+            cr_assert_eq(model_load_weights(m, set, dir, NULL), OK, "%s", fail_message());
+            model_set_batch(f.model, b);
+            model_forward(f.model);
+            model_set_batch(m, b);
+            for (int pass = 0; pass < 2; pass++) {
+                memset(m->hidden, 0xff, (size_t)(b->n * 24) * sizeof(float));
+                model_forward(m);
+                cr_expect(!memcmp(m->hidden, f.model->hidden, (size_t)(b->n * 24) * sizeof(float)), "fp8 %d, way %d, pass %d", fp8, way, pass);
+            }
+            /* a byte per element of the blocks' matrices, four for a scale: the reason for all this */
+            const struct weight_layout *w = &m->home.layout;
+            if (fp8) cr_expect_lt(w->end - w->begin, f.model->params->total * 2, "blocks take %ld bytes", (long)(w->end - w->begin));
+            model_free(m);
+            memory_plan_free(plan);
+            batch_free(b);
+        }
+        tensor_set_close(set);
+        fixture_close(&f);
+        cr_assert_eq(dir_remove_tree(dir), OK);
+    }
 }
 
 /* Thirty steps on one batch: the curve of the native model, within what rounding explains; the census sees what was rounded. */
