@@ -2,6 +2,9 @@
 # The whole path: tokenizer, teacher, shards, student, evaluation, text, export.
 source "$(dirname "$0")/common.sh"
 make_world
+# into a file a progress line goes every few seconds, and the last; the shares are measured in the first step, every tenth and the last
+[ "$(grep -c '^step' teacher.log)" -lt 12 ] && grep -qE '^step 12/12 .* ce [0-9.]+ \(100 %\)' teacher.log || fail "progress lines: $(grep '^step' teacher.log)"
+[ "$(grep -c '"train/loss"' teacher-run/metrics.jsonl)" = 12 ] && [ "$(grep -c '"train/ce_share"' teacher-run/metrics.jsonl)" = 3 ] || fail "metrics: $(cat teacher-run/metrics.jsonl)"
 
 "$distill" teacher-dump config.yaml >dump.log
 grep -q 'of the mass' dump.log || fail "teacher-dump does not report the kept mass: $(tail -1 dump.log)"
