@@ -62,4 +62,14 @@ static inline uint16_t f16_from_float(float f)
 }
 #endif
 
+/* The same for many: compilers do not widen the instruction by themselves. */
+static inline void f16_to_floats(float *to, const uint16_t *from, int64_t n)
+{
+    int64_t i = 0;
+#if defined(__F16C__)
+    for (int64_t wide = n / 8 * 8; i < wide; i += 8) _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(from + i))));
+#endif
+    for (; i < n; i++) to[i] = f16_to_float(from[i]);
+}
+
 #endif

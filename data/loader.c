@@ -224,7 +224,7 @@ struct rescale { float scale, shift; };       /* log p_T = scale log p_0 + shift
 
 static void logprobs_convert(float *to, const uint16_t *from, int64_t n, struct rescale s)
 {
-    for (int64_t e = 0; e < n; e++) to[e] = f16_to_float(from[e]);
+    f16_to_floats(to, from, n);
     if (s.scale != 1) for (int64_t e = 0; e < n; e++) to[e] = s.scale * to[e] + s.shift;
     for (int64_t e = 0; e < n; e++) to[e] = to[e] < 0 ? to[e] : 0;
 }

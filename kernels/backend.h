@@ -127,6 +127,7 @@ struct sample_targets {
 struct eval_row {
     float forward_kl, reverse_kl;       /* KL(p||q), KL(q||p); 0 without a teacher */
     float student_logprob, teacher_logprob;   /* of the label */
+    float student_confidence, teacher_confidence;   /* the largest probability */
     uint8_t agree, student_top1, student_top5, teacher_top1, teacher_top5;
     uint8_t counted;                    /* label >= 0 */
 };

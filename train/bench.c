@@ -471,7 +471,7 @@ int command_bench(int argc, char **argv)
                        "  distill bench train CONFIG          optimizer steps: tokens per second, MFU, memory by row, time by phase, share of the limit\n"
                        "  distill bench teacher CONFIG        the teacher's forward, its targets and shards written: the same\n"
                        "  distill bench kernels CONFIG [WORD...]   every op beside copy bandwidth and product rate; words select ops by name\n"
-                       "  distill bench io CONFIG [WORD...]   sealing and reading shards, loading a checkpoint, beside plain writes and reads; words: topk, full, checkpoint\n"
+                       "  distill bench io CONFIG [WORD...]   sealing and reading shards, loading a checkpoint, beside plain writes and reads; words: topk, full, hybrid, sampled, checkpoint\n"
                        "  distill bench CONFIG                train, if there is a student, and teacher\n\n"
                        "The limit is composed from rates measured in the same run: products, attention, copies. Every figure is also one line of JSON.\n"
                        "Formula: train = 3 x forward; forward = 2 x (weights in products) + causal attention at half the square, per token.",

@@ -144,7 +144,8 @@ struct shards {
     struct files files;
 };
 
-/* Targets of POSITIONS random rows of logits, as teacher-dump takes them, and a row that goes round them. */
+/* Targets of POSITIONS random rows of logits, as teacher-dump takes them, and a row that goes round them. Normal logits of this scale give a few ids most of the mass, as
+ * teachers do: 50 draws are a dozen or two different ids, where flatter logits would make rows of kind sampled several times as long. */
 static int make_row(struct shards *s)
 {
     struct bench *b = s->b;
@@ -152,11 +153,12 @@ static int make_row(struct shards *s)
     struct shard_manifest *m = &s->m;
     int rc = OK, nT = m->n_temperatures;
     int64_t V = b->config->vocab_size, L = m->row_length;
-    size_t R = POSITIONS, k = (size_t)m->k, width = dtype_width(b->be->act_dtype);
+    size_t R = POSITIONS, k = (size_t)m->k, draws = (size_t)m->draws, width = dtype_width(b->be->act_dtype);
     struct memory_plan *plan = memory_plan_new(b->be);
     act *logits;
     int32_t *labels, token[POSITIONS], label[POSITIONS];
     struct teacher_targets out = {.nT = nT, .temperatures = m->temperatures, .K = m->k};
+    struct sample_targets sample = {.draws = m->draws, .K = m->k, .nT = nT, .temperature = m->temperatures[0], .seed = 5, .row_length = L};
     memory_add(plan, "logits", "nothing", &logits, R * (size_t)V * width);
     memory_add(plan, "targets", "nothing", &labels, R * 4);
     memory_add(plan, "targets", "nothing", &out.head_ids, R * k * 4);
@@ -166,16 +168,22 @@ static int make_row(struct shards *s)
     memory_add(plan, "targets", "nothing", &out.entropy, R * 4);
     memory_add(plan, "targets", "nothing", &out.label_logprob, R * 4);
     memory_add(plan, "targets", "nothing", &out.full, m->kind == SHARD_FULL ? R * (size_t)V * 2 : 0);
+    memory_add(plan, "targets", "nothing", &sample.ids, R * draws * 4);
+    memory_add(plan, "targets", "nothing", &sample.count, R * draws);
+    memory_add(plan, "targets", "nothing", &sample.logprob, m->kind == SHARD_HYBRID ? R * draws * 4 : 0);
     struct op_limits limits = {.N = POSITIONS, .C = 1, .F = 1, .V = V, .chunk_rows = POSITIONS, .max_doc = 1, .Hq = 1, .Hkv = 1, .D = 2, .K = m->k};
     memory_add_scratch(plan, op->scratch_bytes(b->be, &limits));
     uint16_t *full = xmalloc(R * (size_t)V * 2);
-    float *floats = xmalloc(R * (k + (size_t)nT + 1) * 4);
+    float *floats = xmalloc(R * (k + draws + (size_t)nT + 1) * 4);
     TRY(memory_commit(plan, 0));
     for (size_t i = 0; i < R; i++) token[i] = (int32_t)(philox4x32(3, 0, i).v[0] % (uint32_t)V);
     for (size_t i = 0; i < R; i++) label[i] = token[(i + 1) % R];
     op->upload(b->be, labels, label, sizeof label);
-    op->random_normal(b->be, logits, (int64_t)R * V, 0, 2.5f, 19, 0);
+    op->random_normal(b->be, logits, (int64_t)R * V, 0, 1.25f * sqrtf(2 * logf((float)V)), 19, 0);
     op->teacher_targets(b->be, &out, logits, labels, (int64_t)R, V, V);
+    sample.head_ids = out.head_ids;
+    sample.lse = out.lse;
+    if (m->draws) op->sample_targets(b->be, &sample, logits, (int64_t)R, V, V);
 
 #define ROUND(to, from, each, convert) for (int64_t t = 0; t < L; t++) for (size_t j = 0; j < (each); j++) (to)[(size_t)t * (each) + j] = convert((from)[(size_t)(t % POSITIONS) * (each) + j])
     shard_row_alloc(&s->row, m);
@@ -194,13 +202,24 @@ static int make_row(struct shards *s)
     if (m->kind == SHARD_FULL) {
         op->download(b->be, full, out.full, R * (size_t)V * 2);
         ROUND(s->row.logits, full, (size_t)V, );
-    } else {
+    }
+    if (k) {
         op->download(b->be, floats, out.tail_logmass, R * (size_t)nT * 4);
         ROUND(s->row.tail, floats, (size_t)nT, );
         op->download(b->be, floats, out.head_logprob, R * k * 4);
         ROUND(s->row.head_logprob, floats, k, f16_from_float);
         op->download(b->be, floats, out.head_ids, R * k * 4);
         ROUND(s->row.head_ids, (uint32_t *)(void *)floats, k, );
+    }
+    if (draws) {
+        op->download(b->be, floats, sample.ids, R * draws * 4);
+        ROUND(s->row.draw_ids, (uint32_t *)(void *)floats, draws, );
+        op->download(b->be, floats, sample.count, R * draws);
+        ROUND(s->row.draw_count, (uint8_t *)(void *)floats, draws, );
+    }
+    if (m->kind == SHARD_HYBRID) {
+        op->download(b->be, floats, sample.logprob, R * draws * 4);
+        ROUND(s->row.draw_logprob, floats, draws, f16_from_float);
     }
 #undef ROUND
 out:
@@ -246,7 +265,9 @@ static int seal_all(struct shards *s)
         free(data);
         data = NULL;
     }
-    say(s, "seal", (double)(s->m.rows * s->m.row_length), sealing, "plain write + fsync", writing);
+    double tokens = (double)(s->m.rows * s->m.row_length);
+    printf("  %-22s %9.1f\n", "bytes per token", (double)s->files.total / tokens);
+    say(s, "seal", tokens, sealing, "plain write + fsync", writing);
 out:
     free(data);
     shard_writer_close(w);
@@ -261,7 +282,7 @@ static int read_all(struct shards *s, struct span *reading)
     struct batch *batch;
     int rc = OK;
     int64_t sealed, rows = 0;
-    struct loader_options o = {.batch_rows = s->b->c->train_micro_rows, .seed = 1, .temperature = s->m.temperatures[0]};
+    struct loader_options o = {.batch_rows = s->b->c->train_micro_rows, .seed = 1, .temperature = s->m.temperatures[0], .samples = shard_kind_draws(s->m.kind)};
     struct span start = span_now();
     TRY(shard_dataset_open(&d, s->dir));
     TRY(shard_dataset_refresh(d, &sealed));
@@ -287,8 +308,9 @@ static int bench_shards(struct bench *b, const char *dir, enum shard_kind kind)
     int64_t V = b->config->vocab_size;
     struct span cold = {0}, warm = {0};
     double plain_cold, plain_warm;
-    s.m = (struct shard_manifest){.kind = kind, .row_length = c->corpus_row_length, .k = kind == SHARD_FULL ? 0 : c->shards_k < V ? (int)c->shards_k : (int)V, .valid_vocab = (int32_t)V,
-                                  .teacher_vocab = (int32_t)V, .n_temperatures = c->shards_temperatures.n, .packing = "benchmark", .teacher_name = "benchmark"};
+    s.m = (struct shard_manifest){.kind = kind, .row_length = c->corpus_row_length, .k = !shard_kind_has_head(kind) ? 0 : c->shards_k < V ? (int)c->shards_k : (int)V,
+                                  .draws = kind == SHARD_HYBRID ? (int)c->shards_m : kind == SHARD_SAMPLED ? (int)c->shards_draws : 0, .valid_vocab = (int32_t)V,
+                                  .teacher_vocab = (int32_t)V, .n_temperatures = kind == SHARD_SAMPLED ? 1 : c->shards_temperatures.n, .packing = "benchmark", .teacher_name = "benchmark"};
     if (s.m.n_temperatures > SHARD_MAX_TEMPERATURES) { rc = fail(ERR_USAGE, "shards.temperatures lists %d values; 1 to %d are possible", s.m.n_temperatures, SHARD_MAX_TEMPERATURES); goto out; }
     for (int i = 0; i < s.m.n_temperatures; i++) s.m.temperatures[i] = (float)c->shards_temperatures.item[i];
     /* full logits of long rows are gigabytes: shorter rows, and fewer in a shard, keep a shard in memory and the disk free */
@@ -302,7 +324,8 @@ static int bench_shards(struct bench *b, const char *dir, enum shard_kind kind)
     s.plain = path_join(dir, "plain");
     printf("shards  %s", shard_kind_name(kind));
     if (s.m.k) printf(" %d", s.m.k);
-    printf(", vocabulary %lld, %lld shards of %lld rows of %lld: %.0f bytes per token, %s\n", (long long)V, (long long)shard_count(&s.m), (long long)s.m.rows_per_shard, (long long)s.m.row_length,
+    if (s.m.draws) printf(s.m.k ? " + %d draws" : ", %d draws", s.m.draws);
+    printf(", vocabulary %lld, %lld shards of %lld rows of %lld: %s%.0f bytes per token, %s\n", (long long)V, (long long)shard_count(&s.m), (long long)s.m.rows_per_shard, (long long)s.m.row_length, kind == SHARD_SAMPLED ? "at most " : "",
            (double)shard_bytes(&s.m, 0) / (double)(s.m.rows_per_shard * s.m.row_length), bench_quantity((double)(shard_bytes(&s.m, 0)) * (double)shard_count(&s.m), "B"));
     fflush(stdout);
     TRY(make_row(&s));
@@ -428,8 +451,7 @@ int bench_io(const struct config *c, const char *shape, int n_words, char **word
     printf("in      %s; per core: per second of CPU time\n", dir);
     for (int kind = 0; kind < SHARD_KIND_COUNT; kind++) {
         const char *name = shard_kind_name((enum shard_kind)kind);
-        bool always = kind == SHARD_TOPK || kind == SHARD_FULL;
-        if ((always || !strcmp(name, c->shards_kind)) && bench_wanted(name, n_words, words)) TRY(bench_shards(&b, dir, (enum shard_kind)kind));
+        if (bench_wanted(name, n_words, words)) TRY(bench_shards(&b, dir, (enum shard_kind)kind));
     }
     if (bench_wanted("checkpoint", n_words, words)) TRY(bench_checkpoint(&b, dir));
 out:

@@ -31,6 +31,7 @@ struct kernels {
     struct distill_targets targets;
     struct distill_args loss;
     struct teacher_targets out;
+    struct sample_targets sample;
     struct adamw_args adamw;
 };
 
@@ -129,6 +130,7 @@ CALL(call_attention) { OP->attention_forward(BE, at(k, 3), at(k, 4), at(k, 0), a
 CALL(call_attention_back) { OP->attention_backward(BE, at(k, 5), at(k, 6), at(k, 7), at(k, 8), at(k, 3), at(k, 4), at(k, 0), at(k, 1), at(k, 2), &k->attention); }
 CALL(call_cached) { OP->attention_cached(BE, at(k, 0), at(k, 1), at(k, 2), at(k, 3), at(k, 4), at(k, 5), 1, k->S - 1, HEADS, k->attention.scale, 0); }
 CALL(call_targets) { OP->teacher_targets(BE, &k->out, at(k, 1), k->targets.labels, k->R, k->V, k->Vv); }
+CALL(call_sample) { OP->sample_targets(BE, &k->sample, at(k, 1), k->R, k->V, k->Vv); }
 CALL(call_compare) { OP->compare_logits(BE, at(k, 0), at(k, 1), at(k, 2), k->targets.labels, k->R, k->V, k->V, k->Vv); }
 CALL(call_adamw) { OP->adamw(BE, at(k, 0), NULL, at(k, 1), at(k, 2), at(k, 3), k->n[0], at(k, 4), &k->adamw); }
 CALL(call_sum_rows) { OP->sum_rows(BE, at(k, 0), at(k, 1), k->n[0]); }
@@ -301,13 +303,13 @@ static void products(struct kernels *k)
     }
 }
 
-/* Loss, targets and comparison over a chunk of logits. A loss reads its logits and writes their gradient: times that is its figure; targets and comparison: times one read. */
+/* Loss, targets, draws and comparison over a chunk of logits. A loss reads its logits and writes their gradient: times that is its figure; the others: times one read. */
 static void logits(struct kernels *k)
 {
     char name[96];
     double R = (double)k->R, V = (double)k->V, bytes = R * V * k->e, read = bytes / k->read, read_write = 2 * bytes / k->b.rates.copy;
     const struct { const char *name; int nT, K; float T[3]; } cases[] = {{"T 1", 1, 64, {1}}, {"T 1 2 4", 3, 64, {1, 2, 4}}, {"T 1 2 3", 3, 64, {1, 2, 3}}, {"T 1 2 4", 3, 256, {1, 2, 4}}};
-    if (!wanted(k, "distill_loss") && !wanted(k, "teacher_targets") && !wanted(k, "compare_logits")) return;
+    if (!wanted(k, "distill_loss") && !wanted(k, "teacher_targets") && !wanted(k, "sample_targets") && !wanted(k, "compare_logits")) return;
     set_begin(k, bytes);
     k->targets = (struct distill_targets){.kind = TARGET_TOPK, .K = k->K, .labels = words32(k, k->R, random_token), .head_ids = words32(k, k->R * k->K, head_id),
                                           .head_logprob = words32(k, k->R * k->K, head_logprob), .tail_logmass = words32(k, k->R, tail_logmass)};
@@ -334,6 +336,15 @@ static void logits(struct kernels *k)
                                           .entropy = entropy, .label_logprob = label, .padding_mass = padding};
         double s = seconds(k, call_targets, 0.025);
         snprintf(name, sizeof name, "teacher_targets top-%d %s %lld x %lld", K, cases[i].name, (long long)k->R, (long long)k->V);
+        print(k, name, s, bytes / s, "B/s", "times one read", s / read);
+    }
+    for (int hybrid = 1; hybrid >= 0 && wanted(k, "sample_targets"); hybrid--) {    /* as teacher-dump draws for the two kinds; what lse holds is of no weight */
+        int64_t D = hybrid ? k->b.c->shards_m : k->b.c->shards_draws, K = hybrid ? k->K : 0;
+        k->sample = (struct sample_targets){.draws = (int)D, .ids = room(k, (size_t)(k->R * D) * 4), .count = room(k, (size_t)(k->R * D)), .logprob = hybrid ? room(k, (size_t)(k->R * D) * 4) : NULL, .K = (int)K,
+                                            .head_ids = hybrid ? k->targets.head_ids : NULL, .lse = hybrid ? k->targets.tail_logmass : NULL, .nT = 1, .temperature = 1, .seed = 1, .row_length = k->S};
+        double s = seconds(k, call_sample, 0.025);
+        if (hybrid) snprintf(name, sizeof name, "sample_targets %d draws beside a head of %d, %lld x %lld", (int)D, (int)K, (long long)k->R, (long long)k->V);
+        else snprintf(name, sizeof name, "sample_targets %d draws from everything, %lld x %lld", (int)D, (long long)k->R, (long long)k->V);
         print(k, name, s, bytes / s, "B/s", "times one read", s / read);
     }
     if (wanted(k, "compare_logits")) {

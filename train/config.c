@@ -605,6 +605,33 @@ char *config_to_yaml(const struct config *c)
     return text;
 }
 
+static char *value_text(const struct config *c, const struct option *o)
+{
+    char *text = NULL;
+    size_t bytes;
+    FILE *f = open_memstream(&text, &bytes);
+    CHECK(f, "no memory for the text of %s", o->key);
+    write_value(f, c, o);
+    CHECK(!fclose(f), "no memory for the text of %s", o->key);
+    return text;
+}
+
+char *config_differences(const struct config *was, const struct config *is, enum command_id command)
+{
+    char *all = xstrdup("");
+    for (int i = 0; i < option_count; i++) {
+        if (!(options[i].commands >> command & 1)) continue;
+        char *a = value_text(was, &options[i]), *b = value_text(is, &options[i]), *before = all;
+        if (strcmp(a, b)) {
+            all = xasprintf("%s%s%s %s -> %s", before, *before ? ", " : "", options[i].key, a, b);
+            free(before);
+        }
+        free(a);
+        free(b);
+    }
+    return all;
+}
+
 int config_write(const struct config *c, const char *path)
 {
     char *text = config_to_yaml(c);

@@ -41,7 +41,7 @@ struct config {
     char *schedule_kind; int64_t schedule_warmup_steps; double schedule_final_ratio, schedule_decay_fraction;
     /* train */
     char *train_source, *train_recompute, *train_matmul; int64_t train_steps, train_batch_rows, train_micro_rows, train_chunk_tokens;
-    int64_t train_eval_every, train_checkpoint_every, train_keep_checkpoints, train_log_every; double train_epochs; bool train_check_alignment, train_deterministic;
+    int64_t train_eval_every, train_checkpoint_every, train_keep_checkpoints, train_log_every, train_measure_every; double train_epochs; bool train_check_alignment, train_deterministic;
     /* memory */
     double memory_limit_gib;
     /* eval */
@@ -69,6 +69,8 @@ int  config_set(struct config *c, const char *assignment);
 /* The whole configuration with comments, replayable as it is; written with file_replace(). */
 int  config_write(const struct config *c, const char *path);
 char *config_to_yaml(const struct config *c);            /* malloc'd */
+/* "section.key a -> b, ...": the keys that `command` reads and that differ, with both values as config_write() has them; "": none. malloc'd */
+char *config_differences(const struct config *was, const struct config *is, enum command_id command);
 /* --help of a command: its keys with type, default, range and one line of help each. */
 void config_print_help(FILE *f, enum command_id command);
 /* The reference table of every key as Markdown, for the README. */

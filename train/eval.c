@@ -19,7 +19,11 @@
 
 /* ---- the measurement ---- */
 
-struct sums { double loss, loss2, top1, top5, teacher_loss, teacher_loss2, teacher_top1, teacher_top5, forward, forward2, reverse, agree; int64_t n; };
+struct sums {
+    double loss, loss2, top1, top5, confidence, teacher_loss, teacher_loss2, teacher_top1, teacher_top5, teacher_confidence, forward, forward2, reverse, agree;
+    int64_t n;
+    struct calibration calibration, teacher_calibration;
+};
 
 struct evaluation {
     struct model **student; int n_students;
@@ -34,6 +38,22 @@ struct evaluation {
     int64_t rows;
 };
 
+void calibration_add(struct calibration *c, double confidence, bool right)
+{
+    int bin = confidence > 0 ? (int)ceil(confidence * CALIBRATION_BINS) - 1 : 0;
+    if (bin >= CALIBRATION_BINS) bin = CALIBRATION_BINS - 1;      /* 1 rounded up */
+    c->confidence[bin] += confidence;
+    c->right[bin] += right;
+    c->n++;
+}
+
+double calibration_error(const struct calibration *c)
+{
+    double sum = 0;                           /* a bin's count cancels: n_b / n x |right_b / n_b - confidence_b / n_b| */
+    for (int b = 0; b < CALIBRATION_BINS; b++) sum += fabs((double)c->right[b] - c->confidence[b]);
+    return c->n ? sum / (double)c->n : 0;
+}
+
 static void add_rows(struct sums *s, const struct eval_row *r, int64_t n)
 {
     for (int64_t i = 0; i < n; i++) {
@@ -44,10 +64,14 @@ static void add_rows(struct sums *s, const struct eval_row *r, int64_t n)
         s->loss2 += loss * loss;
         s->top1 += r[i].student_top1;
         s->top5 += r[i].student_top5;
+        s->confidence += r[i].student_confidence;
+        calibration_add(&s->calibration, r[i].student_confidence, r[i].student_top1);
         s->teacher_loss += teacher;
         s->teacher_loss2 += teacher * teacher;
         s->teacher_top1 += r[i].teacher_top1;
         s->teacher_top5 += r[i].teacher_top5;
+        s->teacher_confidence += r[i].teacher_confidence;
+        calibration_add(&s->teacher_calibration, r[i].teacher_confidence, r[i].teacher_top1);
         s->forward += forward;
         s->forward2 += forward * forward;
         s->reverse += r[i].reverse_kl;
@@ -137,7 +161,8 @@ static struct eval_result result_of(const struct sums *s, int64_t rows)
     return (struct eval_result){.rows = rows, .positions = s->n, .loss = s->loss / n, .top1 = s->top1 / n, .top5 = s->top5 / n, .teacher_loss = s->teacher_loss / n,
                                 .teacher_top1 = s->teacher_top1 / n, .teacher_top5 = s->teacher_top5 / n, .forward_kl = s->forward / n, .reverse_kl = s->reverse / n,
                                 .agreement = s->agree / n, .loss_error = mean_error(s->loss, s->loss2, n), .forward_kl_error = mean_error(s->forward, s->forward2, n),
-                                .teacher_loss_error = mean_error(s->teacher_loss, s->teacher_loss2, n)};
+                                .teacher_loss_error = mean_error(s->teacher_loss, s->teacher_loss2, n), .confidence = s->confidence / n, .calibration_error = calibration_error(&s->calibration),
+                                .teacher_confidence = s->teacher_confidence / n, .teacher_calibration_error = calibration_error(&s->teacher_calibration)};
 }
 
 int eval_rows(struct model *student, struct model *teacher, const struct corpus_rows *rows, int64_t max_rows, int64_t Vv, struct eval_result *out)
@@ -374,7 +399,8 @@ static int measure(struct eval *e, bool show_progress)
     if (e->teacher) {
         const struct eval_result *r = &e->column[1].r;
         e->column[0].r = (struct eval_result){.rows = r->rows, .positions = r->positions, .loss = r->teacher_loss, .top1 = r->teacher_top1,
-                                              .top5 = r->teacher_top5, .loss_error = r->teacher_loss_error};
+                                              .top5 = r->teacher_top5, .loss_error = r->teacher_loss_error, .confidence = r->teacher_confidence,
+                                              .calibration_error = r->teacher_calibration_error};
     }
 out:
     free(v.sums);
@@ -407,7 +433,7 @@ static bool gap_closed(const struct eval *e, double *top1, double *loss)
     return true;
 }
 
-enum cell { CELL_PARAMETERS, CELL_RATIO, CELL_LOSS, CELL_PERPLEXITY, CELL_BITS, CELL_TOP1, CELL_TOP5, CELL_RETAINED, CELL_AGREEMENT, CELL_FORWARD, CELL_REVERSE,
+enum cell { CELL_PARAMETERS, CELL_RATIO, CELL_LOSS, CELL_PERPLEXITY, CELL_BITS, CELL_TOP1, CELL_TOP5, CELL_CONFIDENCE, CELL_CALIBRATION, CELL_RETAINED, CELL_AGREEMENT, CELL_FORWARD, CELL_REVERSE,
             CELL_COUNT };
 static const struct { const char *title; bool needs_teacher; } lines[CELL_COUNT] = {
     [CELL_PARAMETERS] = {"parameters", false},
@@ -417,6 +443,8 @@ static const struct { const char *title; bool needs_teacher; } lines[CELL_COUNT]
     [CELL_BITS]       = {"bits per byte", false},
     [CELL_TOP1]       = {"top-1 accuracy, %", false},
     [CELL_TOP5]       = {"top-5 accuracy, %", false},
+    [CELL_CONFIDENCE] = {"mean confidence, %", false},
+    [CELL_CALIBRATION] = {"calibration error, %", false},
     [CELL_RETAINED]   = {"accuracy retained, %", true},
     [CELL_AGREEMENT]  = {"top-1 agreement, %", true},
     [CELL_FORWARD]    = {"KL(teacher || student)", true},
@@ -437,6 +465,8 @@ static void format_cell(const struct eval *e, enum cell line, const struct colum
     case CELL_BITS:       if (e->bytes) snprintf(text, 32, "%.4f", bits_per_byte(e, r)); else strcpy(text, "-"); break;
     case CELL_TOP1:       snprintf(text, 32, "%.2f +- %.2f", 100 * r->top1, 100 * share_error(r->top1, r->positions)); break;
     case CELL_TOP5:       snprintf(text, 32, "%.2f +- %.2f", 100 * r->top5, 100 * share_error(r->top5, r->positions)); break;
+    case CELL_CONFIDENCE: snprintf(text, 32, "%.2f", 100 * r->confidence); break;
+    case CELL_CALIBRATION: snprintf(text, 32, "%.2f", 100 * r->calibration_error); break;
     case CELL_RETAINED:   if (t->r.top1 > 0) snprintf(text, 32, "%.2f", 100 * r->top1 / t->r.top1); else strcpy(text, "-"); break;
     case CELL_AGREEMENT:  snprintf(text, 32, "%.2f +- %.2f", 100 * r->agreement, 100 * share_error(r->agreement, r->positions)); break;
     case CELL_FORWARD:    snprintf(text, 32, "%.4f +- %.4f", r->forward_kl, r->forward_kl_error); break;
@@ -477,8 +507,9 @@ static void print_table(const struct eval *e, FILE *f)
         if (isnan(loss)) fprintf(f, " loss: the teacher is not ahead of the control\n"); else fprintf(f, " %.1f %% of the loss\n", 100 * loss);
     }
     const struct eval_result *r = &e->column[0].r;
-    fprintf(f, "\n%lld positions of %lld rows x %lld: %s\nvalid ids: %lld. +- is one standard error with positions taken as independent, which in text they are not quite.\n", (long long)r->positions,
-            (long long)r->rows, (long long)e->row_length, e->source, (long long)e->Vv);
+    fprintf(f, "\n%lld positions of %lld rows x %lld: %s\nvalid ids: %lld. +- is one standard error with positions taken as independent, which in text they are not quite. Confidence: the largest probability;\n"
+            "calibration error: the expected one over %d bins of confidence (Guo et al. 2017).\n", (long long)r->positions,
+            (long long)r->rows, (long long)e->row_length, e->source, (long long)e->Vv, CALIBRATION_BINS);
 }
 
 /* NULL for a number that is not known: JSON has no NaN */
@@ -488,9 +519,10 @@ static json_t *column_json(const struct eval *e, const struct column *c)
 {
     const struct column *t = &e->column[0];
     const struct eval_result *r = &c->r;
-    json_t *o = json_pack("{s:s, s:s, s:I, s:f, s:f, s:o, s:o, s:f, s:f, s:f, s:f}", "name", c->name, "path", c->path, "parameters", (json_int_t)c->parameters,
+    json_t *o = json_pack("{s:s, s:s, s:I, s:f, s:f, s:o, s:o, s:f, s:f, s:f, s:f, s:f, s:f}", "name", c->name, "path", c->path, "parameters", (json_int_t)c->parameters,
                           "loss", r->loss, "loss_error", r->loss_error, "perplexity", number(exp(r->loss)), "bits_per_byte", number(bits_per_byte(e, r)),
-                          "top1", r->top1, "top1_error", share_error(r->top1, r->positions), "top5", r->top5, "top5_error", share_error(r->top5, r->positions));
+                          "top1", r->top1, "top1_error", share_error(r->top1, r->positions), "top5", r->top5, "top5_error", share_error(r->top5, r->positions),
+                          "confidence", r->confidence, "calibration_error", r->calibration_error);
     if (!e->teacher) return o;
     json_object_set_new(o, "parameter_ratio", json_real((double)c->parameters / (double)t->parameters));
     json_object_set_new(o, "accuracy_retained", number(r->top1 / t->r.top1));
@@ -549,8 +581,8 @@ int command_eval(int argc, char **argv)
     struct config *c = NULL;
     int rc = OK, help;
     TRY(command_config(argc, argv, CMD_EVAL,
-                       "Compares models on held-out rows: loss, perplexity, bits per byte, top-1 and top-5 accuracy, and, against teacher.path, accuracy retained,\n"
-                       "agreement and KL both ways. Rows are the held-out documents of corpus.files, or those of the dataset shards.heldout_path when corpus.files\n"
+                       "Compares models on held-out rows: loss, perplexity, bits per byte, top-1 and top-5 accuracy, calibration error, and, against teacher.path,\n"
+                       "accuracy retained, agreement and KL both ways. Rows are the held-out documents of corpus.files, or those of the dataset shards.heldout_path when corpus.files\n"
                        "is empty. A table on standard output; the same as JSON in eval.json. With eval.json=- standard output is JSON and the table goes to standard error.",
                        "distill eval run.yaml --model distilled=runs/kd/checkpoints/step-00002000 --model control=runs/ce/checkpoints/step-00002000", model_flag, &e,
                        "  --model NAME=PATH    a further model, one column each; may be repeated. A teacher, a model named distilled (or eval.model)\n"

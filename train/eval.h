@@ -8,11 +8,19 @@
 #include "data/corpus.h"
 #include "train/model.h"
 
+/* The expected calibration error of Naeini et al. 2015 and Guo et al. 2017. Confidence is the largest probability; positions fall into bins of equal width by it,
+ * (0, 1/15] to (14/15, 1], and the error is the mean, over positions, of their bin's |share of right first choices - mean confidence|. */
+enum { CALIBRATION_BINS = 15 };
+struct calibration { double confidence[CALIBRATION_BINS]; int64_t right[CALIBRATION_BINS], n; };   /* sums per bin; zeroed to begin with */
+void calibration_add(struct calibration *c, double confidence, bool right);
+double calibration_error(const struct calibration *c);
+
 /* Means over the supervised positions, in nats. Without a teacher its members and everything that compares with it are 0. */
 struct eval_result {
     int64_t rows, positions;
     double loss, top1, top5;                              /* -log q(label); share of positions whose label is the first, among the first five */
     double teacher_loss, teacher_top1, teacher_top5;
+    double confidence, calibration_error, teacher_confidence, teacher_calibration_error;
     double forward_kl, reverse_kl, agreement;             /* KL(p||q), KL(q||p); share of positions where both put the same id first */
     double loss_error, forward_kl_error;                  /* standard errors, positions taken as independent draws */
     double teacher_loss_error;

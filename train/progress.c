@@ -6,7 +6,9 @@
 #include <time.h>
 #include <unistd.h>
 
-static int open_line;
+static int open_line;                                      /* of a terminal */
+static char kept[512];                                     /* not on a terminal: the newest line, if it was not printed */
+static double printed;                                     /* when a line was, 0: never */
 
 double now_seconds(void)
 {
@@ -15,22 +17,48 @@ double now_seconds(void)
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
+static void print_kept(void)
+{
+    printf("%s\n", kept);
+    fflush(stdout);
+    kept[0] = 0;
+    printed = now_seconds();
+}
+
+static void take_line(const char *fmt, va_list ap, int always)
+{
+    if (isatty(STDOUT_FILENO)) {
+        fputs("\r", stdout);
+        vfprintf(stdout, fmt, ap);
+        fputs("\033[K", stdout);
+        fflush(stdout);
+        open_line = 1;
+        return;
+    }
+    vsnprintf(kept, sizeof kept, fmt, ap);
+    if (always || !printed || now_seconds() - printed >= PROGRESS_SECONDS) print_kept();
+}
+
 void progress(const char *fmt, ...)
 {
-    int terminal = isatty(STDOUT_FILENO);
     va_list ap;
-    if (terminal) fputs("\r", stdout);
     va_start(ap, fmt);
-    vfprintf(stdout, fmt, ap);
+    take_line(fmt, ap, 0);
     va_end(ap);
-    fputs(terminal ? "\033[K" : "\n", stdout);
-    open_line = terminal;
-    fflush(stdout);
+}
+
+void progress_always(const char *fmt, ...)
+{
+    va_list ap;
+    va_start(ap, fmt);
+    take_line(fmt, ap, 1);
+    va_end(ap);
 }
 
 void progress_end(void)
 {
     if (open_line) { fputc('\n', stdout); fflush(stdout); }
+    if (kept[0]) print_kept();
     open_line = 0;
 }
 

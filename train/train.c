@@ -86,7 +86,7 @@ static int train_step(struct trainer *t, struct step_stats *s)
     }
     double divisor = s->targets ? (double)s->targets : 1;
     int64_t step = t->state.step + 1;
-    s->measured = t->objective->measure = step % t->c->train_log_every == 0 || step == t->steps || t->zero_kd > 0;
+    s->measured = t->objective->measure = step == 1 || step % t->c->train_measure_every == 0 || step == t->steps || t->zero_kd > 0;
     if (s->measured) model_count_fp8(t->model);
     train_gradients(t->model, t->objective, t->batch, t->accum, divisor);
     model_read_census(t->model, s->census);
@@ -170,17 +170,28 @@ static int add_census(struct metric *values, const struct fp8_census *census)
 
 static int report_step(struct trainer *t, const struct step_stats *s, double rate, double eta)
 {
-    double both = s->kd_norm + s->ce_norm, kd_share = both > 0 ? s->kd_norm / both : 0, ce_share = both > 0 ? s->ce_norm / both : 0;
+    double both = s->kd_norm + s->ce_norm;
+    int64_t every = t->c->train_log_every, step = t->state.step;
+    char kd_share[16] = "", ce_share[16] = "";
+    if (s->measured) {
+        t->share.known = true;
+        t->share.kd = both > 0 ? s->kd_norm / both : 0;
+        t->share.ce = both > 0 ? s->ce_norm / both : 0;
+    }
     enum { ALWAYS = 8, MEASURED = 4 };
     struct metric values[ALWAYS + MEASURED + 3 * CENSUS_COUNT] = {{"train/loss", s->loss}, {"train/kd", s->kd}, {"train/ce", s->ce}, {"train/grad_norm", s->grad_norm}, {"train/lr", s->lr},
                                     {"train/tokens_per_second", rate}, {"train/loader_wait_seconds", loader_wait_seconds(t->loader)}, {"train/tokens", (double)t->state.tokens},
-                                    {"train/kd_norm", s->kd_norm}, {"train/ce_norm", s->ce_norm}, {"train/kd_share", kd_share}, {"train/ce_share", ce_share}};
-    if (t->state.step % t->c->train_log_every == 0 || t->state.step == t->steps)
-        progress("step %lld/%lld  loss %.4f  kd %.4f (%.0f %%)  ce %.4f (%.0f %%)  |g| %.3f  lr %.2e  %.0f tok/s  waited %.1fs  eta %s", (long long)t->state.step, (long long)t->steps, s->loss,
-                 s->kd, 100 * kd_share, s->ce, 100 * ce_share, s->grad_norm, s->lr, rate, loader_wait_seconds(t->loader), duration_text(eta));
+                                    {"train/kd_norm", s->kd_norm}, {"train/ce_norm", s->ce_norm}, {"train/kd_share", t->share.kd}, {"train/ce_share", t->share.ce}};
+    if (t->share.known) {
+        snprintf(kd_share, sizeof kd_share, " (%.0f %%)", 100 * t->share.kd);
+        snprintf(ce_share, sizeof ce_share, " (%.0f %%)", 100 * t->share.ce);
+    }
+    if (every == 0 || step % every == 0 || step == t->steps)
+        (every ? progress_always : progress)("step %lld/%lld  loss %.4f  kd %.4f%s  ce %.4f%s  |g| %.3f  lr %.2e  %.0f tok/s  waited %.1fs  eta %s", (long long)step, (long long)t->steps, s->loss,
+                                             s->kd, kd_share, s->ce, ce_share, s->grad_norm, s->lr, rate, loader_wait_seconds(t->loader), duration_text(eta));
     int n = s->measured ? ALWAYS + MEASURED : ALWAYS;
     if (s->measured && t->model->o.fp8) n += add_census(values + n, s->census);
-    return metrics_write(t->metrics, t->state.step, values, n);
+    return metrics_write(t->metrics, step, values, n);
 }
 
 static int save(struct trainer *t)

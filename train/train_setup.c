@@ -146,6 +146,24 @@ static void print_plan(const struct trainer *t, int64_t rows)
     memory_print(t->plan, stdout);
 }
 
+/* What was set otherwise when the checkpoint was written. It may be meant, a longer run or another learning rate, and is said because it may not be. */
+static void say_changes(const struct config *c, const char *checkpoint)
+{
+    struct config *was = config_new();
+    char *yaml = path_join(checkpoint, "run.yaml"), *changes;
+    if (config_read_file(was, yaml) != OK) {
+        warn("what changed since %s is not known: %s", checkpoint, fail_message());
+        goto out;
+    }
+    was->run_resume = c->run_resume;
+    changes = config_differences(was, c, CMD_TRAIN);
+    if (*changes) printf("changed   since the checkpoint: %s\n", changes);
+    free(changes);
+out:
+    free(yaml);
+    config_free(was);
+}
+
 /* Position of the data, weights and moments of the newest checkpoint, or a fresh start. */
 static int start_or_resume(struct trainer *t)
 {
@@ -173,8 +191,13 @@ static int start_or_resume(struct trainer *t)
         rc = fail(ERR_MISMATCH, "%s was trained with run.seed %lld, which gives the order of the rows, not with %lld: resume with the same seed", path, (long long)t->state.seed, (long long)c->run_seed);
         goto out;
     }
+    if (t->state.step > t->steps) {
+        rc = fail(ERR_USAGE, "%s is beyond the %lld steps that this configuration asks for (train.steps, train.epochs): ask for more, or start another run.dir", path, (long long)t->steps);
+        goto out;
+    }
     TRY(loader_seek(t->loader, &t->state.loader));
     printf("resume    from %s\n", path);
+    say_changes(c, path);
 out:
     free(path);
     return rc;

@@ -34,6 +34,7 @@ struct trainer {
     int64_t steps;                            /* of the whole run */
     struct train_state state;
     int zero_kd;                              /* steps in a row whose KD part was exactly 0 */
+    struct { bool known; double kd, ce; } share;      /* of the gradient's norm, as this process measured them last */
     struct metrics *metrics;
     int lock;                                 /* of run.dir, held to the end; -1: none */
 };

@@ -1,5 +1,5 @@
-/* Evaluation of a chunk of positions at T = 1 over the Vv valid ids: KL(p||q), KL(q||p), who predicts the label and whether the
- * two agree. p is the teacher, q the student. A rank is the number of ids with a larger logit, or an equal one and a lower id;
+/* Evaluation of a chunk of positions at T = 1 over the Vv valid ids: KL(p||q), KL(q||p), who predicts the label and how sure of its first choice it is, and whether
+ * the two agree. p is the teacher, q the student. A rank is the number of ids with a larger logit, or an equal one and a lower id;
  * NaN ranks behind everything, so that a broken model predicts nothing. */
 #include "kernels/cpu/cpu.h"
 
@@ -30,6 +30,7 @@ void cpu_compare_logits(struct backend *be, struct eval_row *out, const act *stu
             int64_t rank = rank_of(z, Vv, label);
             row.counted = 1;
             row.student_logprob = (float)(z[label] - lse_q);
+            row.student_confidence = (float)exp(row_max(z, Vv) - lse_q);
             row.student_top1 = rank < 1;
             row.student_top5 = rank < 5;
             if (t) {
@@ -44,6 +45,7 @@ void cpu_compare_logits(struct backend *be, struct eval_row *out, const act *stu
                 row.forward_kl = (float)forward;
                 row.reverse_kl = (float)reverse;
                 row.teacher_logprob = (float)(t[label] - lse_p);
+                row.teacher_confidence = (float)exp(row_max(t, Vv) - lse_p);
                 row.teacher_top1 = rank < 1;
                 row.teacher_top5 = rank < 5;
                 row.agree = argmax(z, Vv) == argmax(t, Vv);

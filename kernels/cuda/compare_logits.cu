@@ -48,6 +48,7 @@ __global__ void __launch_bounds__(THREADS, 2) compare_logits_kernel(eval_row *ou
         int rank_q = block_sum(view_q.rank);
         row.counted = 1;
         row.student_logprob = (float)(z_label - lse_q[0]);
+        row.student_confidence = expf((float)(sum_q.top - lse_q[0]));
         row.student_top1 = rank_q < 1;
         row.student_top5 = rank_q < 5;
         if (teacher) {
@@ -69,6 +70,7 @@ __global__ void __launch_bounds__(THREADS, 2) compare_logits_kernel(eval_row *ou
             row.forward_kl = (float)block_sum(forward);
             row.reverse_kl = (float)block_sum(reverse);
             row.teacher_logprob = (float)(t_label - lse_p[0]);
+            row.teacher_confidence = expf((float)(sum_p.top - lse_p[0]));
             row.teacher_top1 = rank_p < 1;
             row.teacher_top5 = rank_p < 5;
             row.agree = (uint32_t)best_q == (uint32_t)best_p;      /* the low halves are the ids */

@@ -36,6 +36,24 @@ static void check_format(float (*to_float)(uint16_t), uint16_t (*from_float)(flo
     cr_assert_eq(from_float(-INFINITY), infinity | 0x8000);
 }
 
+/* Many at once, from any place and of any number, are the same as one by one. */
+Test(half, f16_many)
+{
+    static uint16_t all[0x10000];
+    static float many[0x10000];
+    for (uint32_t h = 0; h < 0x10000; h++) all[h] = (uint16_t)h;
+    for (int n = 0; n < 40; n++)
+        for (int at = 0; at < 0x10000 - 40; at += 37) {
+            many[n] = 7;
+            f16_to_floats(many, all + at, n);
+            for (int i = 0; i < n; i++) {
+                float one = f16_to_float(all[at + i]);
+                cr_assert(isnan(one) ? isnan(many[i]) : one == many[i] && !!signbit(one) == !!signbit(many[i]), "%04x", all[at + i]);
+            }
+            cr_assert_eq(many[n], 7);
+        }
+}
+
 Test(half, f16)
 {
     check_format(f16_to_float, f16_from_float, 5);

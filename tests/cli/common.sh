@@ -67,7 +67,7 @@ shards: {path: logits, kind: topk, k: 8, rows_per_shard: 8, temperatures: [1.0, 
 optimizer: {lr: 0.01}
 schedule: {kind: constant}
 dump: {batch_rows: 2, chunk_tokens: 64}
-train: {steps: 12, batch_rows: 4, micro_rows: 2, chunk_tokens: 40, checkpoint_every: 3, eval_every: 6}
+train: {steps: 12, batch_rows: 4, micro_rows: 2, chunk_tokens: 40, checkpoint_every: 3, eval_every: 6, log_every: 1}
 EOF
     } >config.yaml
     "$distill" tokenizer-train base.yaml >tokenizer.log

@@ -15,12 +15,13 @@ near "$(number reverse_kl)" 0 'reverse KL of a model to itself'
 near "$(number agreement)" 1 'agreement of a model with itself'
 near "$(number accuracy_retained 2)" 1 'accuracy retained by a model itself'
 near "$(number loss 1)" "$(number loss 2)" 'loss of teacher and student'
+near "$(number calibration_error 1)" "$(number calibration_error 2)" 'calibration error of teacher and student'
 grep -qE 'accuracy retained, % +100.00 +100.00' table.txt || fail "no table: $(cat table.txt)"
 
 # the newest checkpoint; rows of the corpus and rows of the dataset made of it; any batch and chunk
 e --set eval.json=eval.json >table.txt
 e --set eval.json=other.json --set 'corpus.files=[]' --set eval.batch_rows=1 --set train.chunk_tokens=7 >table.txt
-for key in loss top1 top5 bits_per_byte perplexity forward_kl reverse_kl agreement positions rows; do
+for key in loss top1 top5 bits_per_byte perplexity confidence calibration_error forward_kl reverse_kl agreement positions rows; do
     near "$(number $key)" "$(number $key 1 other.json)" "$key from corpus and dataset"
 done
 e --set eval.json=- >stdout.json 2>table.txt

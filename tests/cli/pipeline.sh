@@ -2,6 +2,9 @@
 # The whole path: tokenizer, teacher, shards, student, evaluation, text, export.
 source "$(dirname "$0")/common.sh"
 make_world
+# into a file a progress line goes every few seconds, and the last; the shares are measured in the first step, every tenth and the last
+[ "$(grep -c '^step' teacher.log)" -lt 12 ] && grep -qE '^step 12/12 .* ce [0-9.]+ \(100 %\)' teacher.log || fail "progress lines: $(grep '^step' teacher.log)"
+[ "$(grep -c '"train/loss"' teacher-run/metrics.jsonl)" = 12 ] && [ "$(grep -c '"train/ce_share"' teacher-run/metrics.jsonl)" = 3 ] || fail "metrics: $(cat teacher-run/metrics.jsonl)"
 
 "$distill" teacher-dump config.yaml >dump.log
 grep -q 'of the mass' dump.log || fail "teacher-dump does not report the kept mass: $(tail -1 dump.log)"
@@ -85,9 +88,9 @@ done
 "$distill" train config.yaml --set run.dir=run4 --set objective.kd_weight=0 --set objective.ce_weight=1 --set train.steps=3 >run4.log || fail "hard labels from shards"
 "$distill" bench config.yaml --set bench.steps=1 --set bench.seconds=0 --set "teacher.path=''" >bench.log || fail "bench"
 grep -q 'share_of_composed_limit' bench.log && grep -q '"figure":"phase_host"' bench.log || fail "bench does not say what it should"
-"$distill" bench kernels config.yaml --set bench.seconds=0 rmsnorm distill_loss >kernels.log || fail "bench kernels"
-grep -q 'rmsnorm_backward' kernels.log && grep -q 'distill_loss' kernels.log && ! grep -q swiglu kernels.log || fail "bench kernels takes other ops than it was asked for"
+"$distill" bench kernels config.yaml --set bench.seconds=0 rmsnorm distill_loss sample_targets >kernels.log || fail "bench kernels"
+grep -q 'rmsnorm_backward' kernels.log && grep -q 'distill_loss' kernels.log && grep -q 'sample_targets 50 draws' kernels.log && ! grep -q swiglu kernels.log || fail "bench kernels takes other ops than it was asked for"
 "$distill" bench io config.yaml --set bench.seconds=0 --set run.dir=io >io.log || fail "bench io"
-grep -q '"topk seal"' io.log && grep -q '"full read warm"' io.log && grep -q '"checkpoint load cold"' io.log || fail "bench io leaves something out"
+grep -q '"topk seal"' io.log && grep -q '"full read warm"' io.log && grep -q '"hybrid read cold"' io.log && grep -q '"sampled seal"' io.log && grep -q '"checkpoint load cold"' io.log || fail "bench io leaves something out"
 [ ! -e io ] || fail "bench io leaves files behind"
 finish

@@ -11,6 +11,15 @@ for f in model.safetensors optimizer.safetensors state.json; do
     cmp straight/checkpoints/step-00000012/$f stopped/checkpoints/step-00000012/$f || fail "$f differs after a resume at step 5"
 done
 
+# what changed since the checkpoint is said, with both values; a run that goes on as it was says nothing
+grep '^changed' stopped.log | grep -q 'train.steps 5 -> 12$' || fail "a longer run is not said: $(grep '^changed' stopped.log)"
+"$distill" train config.yaml --set run.dir=stopped --resume >same.log
+grep -q '^changed' same.log && fail "nothing changed, but: $(grep '^changed' same.log)"
+"$distill" train config.yaml --set run.dir=stopped --set train.steps=13 --set optimizer.lr=0.002 --set objective.divergence=reverse_kl --set objective.floor=0.01 --resume >other.log
+grep -qx 'changed   since the checkpoint: objective.divergence forward_kl -> reverse_kl, objective.floor 0.0 -> 0.01, optimizer.lr 0.01 -> 0.002, train.steps 12 -> 13' other.log ||
+    fail "what changed: $(grep '^changed' other.log)"
+expect_exit 2 'beyond the 12 steps' "$distill" train config.yaml --set run.dir=stopped --resume
+
 # a broken newest checkpoint: the one before it is used, and says so
 "$distill" train config.yaml --set run.dir=broken --set train.steps=9 >broken.log
 printf 'x' | dd of=broken/checkpoints/step-00000009/model.safetensors bs=1 seek=2000 conv=notrunc 2>/dev/null
@@ -52,7 +61,7 @@ done
 # and a dump that was stopped by one
 "$distill" teacher-dump config.yaml --set shards.path=halted --set shards.rows_per_shard=1 --set dump.batch_rows=1 >halted.log 2>halted.err &
 pid=$!
-for ((i = 0; i < 3000; i++)); do grep -q '^halted  *shard 3' halted.log && break; sleep 0.01; done
+for ((i = 0; i < 3000; i++)); do [ -e halted/shards/shard-000002.h5 ] && break; sleep 0.01; done
 kill -TERM $pid
 code=0
 wait $pid || code=$?

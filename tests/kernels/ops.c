@@ -312,11 +312,17 @@ const char *text(const char *fmt, ...)
     return to;
 }
 
-/* ---- main: Criterion's, but a run in which every test was skipped exits with 77, which Meson shows as SKIP ---- */
+/* ---- main: Criterion's, but a run in which every test was skipped exits with 77, which Meson shows as SKIP; and why a test was skipped is
+ * printed, which Criterion keeps to itself ---- */
 
 static size_t ran;
 
 ReportHook(POST_ALL)(struct criterion_global_stats *stats) { ran = stats->tests_passed + stats->tests_failed + stats->tests_crashed; }
+
+ReportHook(POST_TEST)(struct criterion_test_stats *stats)
+{
+    if (stats->test_status == CR_STATUS_SKIPPED && stats->message) printf("%s: %s\n", stats->test->name, stats->message);
+}
 
 int main(int argc, char **argv)
 {

@@ -1,4 +1,4 @@
-/* compare_logits: KL both ways, log-probabilities and ranks of a position, against double and counting. */
+/* compare_logits: KL both ways, log-probabilities, confidences and ranks of a position, against double and counting. */
 #include "tests/kernels/ops.h"
 
 #include <math.h>
@@ -44,10 +44,11 @@ static void run(struct rig *r, const void *c_, struct outputs *out)
                           SITUATIONS, c->Vs, c->Vt, c->Vv);
     r->op->download(r->be, rows, on_device, sizeof rows);
     for (int n = 0; n < SITUATIONS; n++) {
-        float values[4] = {rows[n].forward_kl, rows[n].reverse_kl, rows[n].student_logprob, rows[n].teacher_logprob};
+        float values[4] = {rows[n].forward_kl, rows[n].reverse_kl, rows[n].student_logprob, rows[n].teacher_logprob}, confidence[2] = {rows[n].student_confidence, rows[n].teacher_confidence};
         float flags[6] = {rows[n].agree, rows[n].student_top1, rows[n].student_top5, rows[n].teacher_top1, rows[n].teacher_top5, rows[n].counted};
         take_host(out, text("values %d", n), FORWARD, values, 4);
         output(out, text("values %d", n))->floor = n == FAR_APART || n == SURE ? 10 : 1;
+        take_host(out, text("confidence %d", n), FORWARD, confidence, 2);
         take_host(out, text("flags %d", n), EXACT, flags, 6);
     }
 }
@@ -78,11 +79,13 @@ Test(cpu, definition)
         struct inputs in = make_inputs(&r, c);
         for (int n = 0; n < SITUATIONS; n++) {
             const float *z = in.z + n * c->Vs, *t = in.t ? in.t + n * c->Vt : NULL;
-            double values[4] = {0}, flags[6] = {0}, lz = log_sum_exp(z, c->Vv), lt = t ? log_sum_exp(t, c->Vv) : 0;
+            double values[4] = {0}, confidence[2] = {0}, flags[6] = {0}, lz = log_sum_exp(z, c->Vv), lt = t ? log_sum_exp(t, c->Vv) : 0;
             int32_t label = in.labels[n];
             if (label >= 0) {
                 int64_t best_z = 0, best_t = 0;
                 for (int64_t j = 0; j < c->Vv; j++) {
+                    confidence[0] = fmax(confidence[0], exp(z[j] - lz));
+                    if (t) confidence[1] = fmax(confidence[1], exp(t[j] - lt));
                     if (!rank(z, c->Vv, j)) best_z = j;
                     if (!t) continue;
                     if (!rank(t, c->Vv, j)) best_t = j;
@@ -103,6 +106,7 @@ Test(cpu, definition)
             }
             const char *what = text("%s, row %d", name(c), n);
             for (int k = 0; k < 4; k++) expect_floats(output(&out, text("values %d", n))->x + k, &values[k], 1, 1, 1e-6, what, k == 0 ? "forward KL" : k == 1 ? "reverse KL" : "log-probability");
+            expect_floats(output(&out, text("confidence %d", n))->x, confidence, 2, 1e-6, 1e-6, what, "confidence");
             expect_floats(output(&out, text("flags %d", n))->x, flags, 6, 0, 0, what, "flags");
             if (n == EQUAL && t) cr_assert(output(&out, text("values %d", n))->x[0] == 0 && output(&out, text("values %d", n))->x[1] == 0, "%s: KL of equal logits", what);
         }
@@ -123,7 +127,7 @@ Test(cpu, nan_is_never_right)
     fill_normal(t, 8, 1, 1);
     struct eval_row row;
     r.op->compare_logits(r.be, &row, (act *)z, (act *)t, &label, 1, 8, 8, 8);
-    cr_assert(row.counted == 1 && row.student_top1 == 0 && row.student_top5 == 0 && isnan(row.student_logprob) && isnan(row.forward_kl));
+    cr_assert(row.counted == 1 && row.student_top1 == 0 && row.student_top5 == 0 && isnan(row.student_logprob) && isnan(row.student_confidence) && isnan(row.forward_kl));
     rig_close(&r);
 }
 

@@ -292,6 +292,24 @@ static void expect_same(const struct config *a, const struct config *b)
     }
 }
 
+Test(config, differences)
+{
+    struct config *was = config_new(), *is = config_new();
+    char *none = config_differences(was, is, CMD_TRAIN), *some, *other;
+    cr_expect_str_eq(none, "");
+    static const char *const set[] = {"optimizer.lr=1e-3", "student.path=a b", "train.steps=7", "run.resume=true", "corpus.files=p,q", "generate.seed=9"};
+    for (size_t i = 0; i < sizeof set / sizeof *set; i++) cr_assert_eq(config_set(is, set[i]), OK, "%s", fail_message());
+    some = config_differences(was, is, CMD_TRAIN);
+    cr_expect_str_eq(some, "run.resume false -> true, student.path \"\" -> \"a b\", corpus.files [] -> [p, q], optimizer.lr 0.0003 -> 0.001, train.steps 0 -> 7");
+    other = config_differences(was, is, CMD_GENERATE);
+    cr_expect_str_eq(other, "generate.seed 1 -> 9");
+    free(none);
+    free(some);
+    free(other);
+    config_free(was);
+    config_free(is);
+}
+
 Test(config, written_file_reads_back)
 {
     char dir[] = "/tmp/test_config_XXXXXX";

@@ -1,4 +1,4 @@
-/* eval_rows against the definition in double, whatever the batch, the chunk and the number of rows. */
+/* eval_rows against the definition in double, whatever the batch, the chunk and the number of rows; calibration errors against the definition, bin by bin. */
 #include <criterion/criterion.h>
 #include <math.h>
 #include <string.h>
@@ -47,15 +47,40 @@ static int first_of(const float *z) { int best = 0; for (int v = 1; v < Vv; v++)
 static int rank_of(const float *z, int id) { int rank = 0; for (int v = 0; v < Vv; v++) rank += z[v] > z[id]; return rank; }
 static double log_sum(const float *z) { double s = 0; for (int v = 0; v < Vv; v++) s += exp(z[v]); return log(s); }
 
+/* Guo et al. 2017, equations 2 to 5: sum over bins of |B| / n x |accuracy of B - confidence of B| */
+static double calibration_by_definition(const double *confidence, const bool *right, int64_t n)
+{
+    double error = 0;
+    for (int m = 1; m <= 15; m++) {
+        double size = 0, hits = 0, sure = 0;
+        for (int64_t i = 0; i < n; i++) {
+            if (confidence[i] * 15 <= m - 1 || confidence[i] * 15 > m) continue;
+            size++;
+            hits += right[i];
+            sure += confidence[i];
+        }
+        if (size) error += size / (double)n * fabs(hits / size - sure / size);
+    }
+    return error;
+}
+
 static struct eval_result by_definition(struct fixture *student, struct fixture *teacher, const struct batch *b)
 {
     struct eval_result r = {0};
     float *zs = all_logits(student, b), *zt = all_logits(teacher, b);
+    double *sure = xcalloc((size_t)b->n, sizeof *sure), *teacher_sure = xcalloc((size_t)b->n, sizeof *sure);
+    bool *right = xcalloc((size_t)b->n, 1), *teacher_right = xcalloc((size_t)b->n, 1);
     for (int64_t i = 0; i < b->n; i++) {
         const float *q = zs + i * FIXTURE_VOCAB, *p = zt + i * FIXTURE_VOCAB;
         int y = b->labels[i];
         if (y < 0) continue;
         double lq = log_sum(q), lp = log_sum(p);
+        sure[r.positions] = exp(q[first_of(q)] - lq);
+        teacher_sure[r.positions] = exp(p[first_of(p)] - lp);
+        right[r.positions] = first_of(q) == y;
+        teacher_right[r.positions] = first_of(p) == y;
+        r.confidence += sure[r.positions];
+        r.teacher_confidence += teacher_sure[r.positions];
         r.positions++;
         r.loss += lq - q[y];
         r.teacher_loss += lp - p[y];
@@ -70,10 +95,16 @@ static struct eval_result by_definition(struct fixture *student, struct fixture 
             r.reverse_kl += exp(c) * (c - a);
         }
     }
-    double *mean[] = {&r.loss, &r.teacher_loss, &r.top1, &r.top5, &r.teacher_top1, &r.teacher_top5, &r.agreement, &r.forward_kl, &r.reverse_kl};
+    double *mean[] = {&r.loss, &r.teacher_loss, &r.top1, &r.top5, &r.teacher_top1, &r.teacher_top5, &r.agreement, &r.forward_kl, &r.reverse_kl, &r.confidence, &r.teacher_confidence};
     for (size_t i = 0; i < sizeof mean / sizeof *mean; i++) *mean[i] /= (double)r.positions;
+    r.calibration_error = calibration_by_definition(sure, right, r.positions);
+    r.teacher_calibration_error = calibration_by_definition(teacher_sure, teacher_right, r.positions);
     free(zs);
     free(zt);
+    free(sure);
+    free(teacher_sure);
+    free(right);
+    free(teacher_right);
     return r;
 }
 
@@ -107,6 +138,10 @@ Test(eval, rows_by_definition)
         cr_assert_float_eq(got.teacher_loss, want.teacher_loss, 1e-5 * want.teacher_loss);
         cr_assert_float_eq(got.forward_kl, want.forward_kl, 1e-5 * want.forward_kl);
         cr_assert_float_eq(got.reverse_kl, want.reverse_kl, 1e-5 * want.reverse_kl);
+        cr_assert_float_eq(got.confidence, want.confidence, 1e-5 * want.confidence);
+        cr_assert_float_eq(got.teacher_confidence, want.teacher_confidence, 1e-5 * want.teacher_confidence);
+        cr_assert_float_eq(got.calibration_error, want.calibration_error, 1e-5);
+        cr_assert_float_eq(got.teacher_calibration_error, want.teacher_calibration_error, 1e-5);
         cr_assert_eq(eval_rows(student.model, NULL, rows, cases[c].max_rows, Vv, &alone), OK);
         cr_assert(alone.loss == got.loss && alone.top5 == got.top5 && alone.forward_kl == 0 && alone.agreement == 0 && alone.teacher_loss == 0);
         cr_assert_eq(eval_rows(student.model, student.model, rows, cases[c].max_rows, Vv, &alone), OK);
@@ -141,6 +176,37 @@ Test(eval, refusals)
     fixture_close(&student);
     fixture_close(&teacher);
     free_rows(rows);
+}
+
+Test(eval, calibration)
+{
+    /* By hand: nine of ten right at 0.9 is no error; sure and always wrong is all of it; 1/15 and 2/15 end their bins; mixed, bins count by their size. */
+    struct calibration c = {0}, sure = {0}, edges = {0}, mixed = {0};
+    for (int i = 0; i < 10; i++) calibration_add(&c, 0.9, i != 3);
+    cr_assert_float_eq(calibration_error(&c), 0, 1e-12);
+    for (int i = 0; i < 3; i++) calibration_add(&sure, 1, false);
+    cr_assert_float_eq(calibration_error(&sure), 1, 1e-12);
+    calibration_add(&edges, 1.0 / 15, true);
+    calibration_add(&edges, 2.0 / 15, false);              /* in one bin they would make up for each other: |1 - 3/15| / 2 */
+    cr_assert_float_eq(calibration_error(&edges), (14.0 / 15 + 2.0 / 15) / 2, 1e-12);
+    for (int i = 0; i < 4; i++) calibration_add(&mixed, 0.75, i < 2);
+    calibration_add(&mixed, 0.3, false);
+    cr_assert_float_eq(calibration_error(&mixed), (4 * 0.25 + 0.3) / 5, 1e-12);
+    cr_assert_eq(calibration_error(&(struct calibration){0}), 0);
+
+    enum { N = 5000 };
+    static double confidence[N];
+    static bool right[N];
+    for (int turn = 0; turn < 4; turn++) {
+        struct calibration many = {0};
+        for (int i = 0; i < N; i++) {
+            struct philox r = philox4x32(7, (uint64_t)turn, (uint64_t)i);
+            confidence[i] = r.v[2] % 50 == 0 ? 1 : ((double)r.v[0] + 1) / 0x1p32;
+            right[i] = (double)r.v[1] / 0x1p32 < (turn == 0 ? confidence[i] : turn == 1 ? confidence[i] * confidence[i] : turn == 2 ? 0.3 : 1);
+            calibration_add(&many, confidence[i], right[i]);
+        }
+        cr_assert_float_eq(calibration_error(&many), calibration_by_definition(confidence, right, N), 1e-12);
+    }
 }
 
 Test(eval, standard_error)
