@@ -17,6 +17,7 @@ struct dump_options {
     int64_t chunk_tokens;              /* positions whose logits exist at one time */
     enum { WEIGHTS_AUTO, WEIGHTS_RESIDENT, WEIGHTS_STREAMED } weights;   /* auto: streamed where the device cannot hold them */
     size_t memory_limit;               /* bytes of device memory the plan may take; 0: what there is */
+    bool quarantine;                   /* positions whose targets are not finite are set aside: zeros, not supervised. Else they are ERR_NUMERIC */
 };
 
 /* Where rows go. Called from the pipeline's thread, one at a time, in the order of submission. */
@@ -27,7 +28,8 @@ struct dump_sink {
     int (*seal)(void *context);
 };
 
-struct dump_stats { int64_t rows, positions, drawn; double kept_mass, padding_mass; };   /* taken by the sink so far; sums over positions; drawn: different tokens */
+/* Taken by the sink so far; sums over positions; drawn: different tokens; aside: positions set aside, in rows_aside rows, targets_aside of them supervised. */
+struct dump_stats { int64_t rows, positions, drawn, aside, targets_aside, rows_aside; double kept_mass, padding_mass; };
 
 struct dump_pipeline;
 /* Chooses batch_rows and residence, and plans the memory: p->plan is complete but for what the caller adds. Nothing is allocated. */
