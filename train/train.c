@@ -10,7 +10,7 @@
 #include "train/progress.h"
 #include "train/signals.h"
 
-struct step_stats { double loss, kd, ce, grad_norm, lr, kd_norm, ce_norm; int64_t targets; bool measured; };
+struct step_stats { double loss, kd, ce, grad_norm, lr, kd_norm, ce_norm; int64_t targets; bool measured, skipped; };
 enum { ZERO_KD_STEPS = 3 };   /* a student that is the teacher may start at KL 0; it does not stay there while anything else moves it */
 
 /* Our own copy of a batch the loader will overwrite. */
@@ -60,6 +60,49 @@ static int check_numbers(struct trainer *t, const struct step_stats *s)
     return OK;
 }
 
+/* "3, 18, 7": rows of the step, the first few of them; valid until the next call. */
+static const char *rows_text(const struct trainer *t)
+{
+    static char text[200];
+    int64_t n = 0;
+    size_t used = 0;
+    for (int i = 0; i < t->accum; i++)
+        for (int64_t r = 0; r < t->batch[i]->rows && n < 8; r++, n++)
+            used += (size_t)snprintf(text + used, sizeof text - used, "%s%lld", n ? ", " : "", (long long)t->batch[i]->row_index[r]);
+    if (n < t->c->train_batch_rows) snprintf(text + used, sizeof text - used, ", ...");
+    return text;
+}
+
+/* train.spike: what a step far out of the run's way is worth, after its numbers were found finite and before a weight moves. */
+static int check_spike(struct trainer *t, struct step_stats *s)
+{
+    struct spike_state *state = &t->state.spike;
+    struct spike found;
+    long long step = (long long)t->state.step + 1;
+    s->skipped = false;
+    if (!strcmp(t->c->train_spike, "off") || !s->targets) return OK;
+    if (!spike_judge(state, t->c->train_spike_threshold, s->loss, s->grad_norm, &found)) {
+        spike_remember(state, s->loss, s->grad_norm);
+        return OK;
+    }
+    char *what = xasprintf("step %lld: %s %g is %.1f deviations above the median of the %d steps before it, %g +- %g; rows %s", step, found.what, found.value, (found.value - found.median) / found.deviation,
+                           state->n, found.median, found.deviation, rows_text(t));
+    progress_end();
+    int rc = OK;
+    if (!strcmp(t->c->train_spike, "stop"))
+        rc = fail(ERR_NUMERIC, "%s. No weight was changed (train.spike stop); look at the rows with distill inspect, lower optimizer.lr, or set train.spike to skip", what);
+    else if (state->in_a_row >= t->c->train_spike_most)
+        rc = fail(ERR_NUMERIC, "%s. %lld steps before it were left out as well (train.spike_most): that is no spike, the run has left its way; go on from an earlier checkpoint with a lower optimizer.lr", what,
+                  (long long)state->in_a_row);
+    else {
+        spike_skip(state);
+        s->skipped = true;
+        warn("%s: its update is left out, the %lld. of this run (train.spike skip)", what, (long long)state->skipped);
+    }
+    free(what);
+    return rc;
+}
+
 void train_gradients(struct model *m, struct objective *o, struct batch *const *batch, int n, double divisor)
 {
     m->be->ops->fill_zero(m->be, m->grads, (size_t)m->params->total * dtype_width(m->be->grad_dtype));
@@ -96,7 +139,8 @@ static int train_step(struct trainer *t, struct step_stats *s)
     s->loss = t->c->objective_kd_weight * s->kd + t->c->objective_ce_weight * s->ce;
     s->lr = schedule_lr(&t->schedule, t->state.step);
     TRY(check_numbers(t, s));
-    if (s->targets) optimizer_step(t->optimizer, t->state.step + 1, s->lr);
+    TRY(check_spike(t, s));
+    if (s->targets && !s->skipped) optimizer_step(t->optimizer, t->state.step + 1 - t->state.spike.skipped, s->lr);   /* moments have seen no skipped step */
 
     t->state.step++;
     t->state.tokens += t->accum * t->model->n;
@@ -151,13 +195,16 @@ static int evaluate_and_report(struct trainer *t)
 static int report_step(struct trainer *t, const struct step_stats *s, double rate, double eta)
 {
     double both = s->kd_norm + s->ce_norm, kd_share = both > 0 ? s->kd_norm / both : 0, ce_share = both > 0 ? s->ce_norm / both : 0;
-    const struct metric values[] = {{"train/loss", s->loss}, {"train/kd", s->kd}, {"train/ce", s->ce}, {"train/grad_norm", s->grad_norm}, {"train/lr", s->lr},
-                                    {"train/tokens_per_second", rate}, {"train/loader_wait_seconds", loader_wait_seconds(t->loader)}, {"train/tokens", (double)t->state.tokens},
-                                    {"train/kd_norm", s->kd_norm}, {"train/ce_norm", s->ce_norm}, {"train/kd_share", kd_share}, {"train/ce_share", ce_share}};
+    struct metric values[13] = {{"train/loss", s->loss}, {"train/kd", s->kd}, {"train/ce", s->ce}, {"train/grad_norm", s->grad_norm}, {"train/lr", s->lr},
+                                    {"train/tokens_per_second", rate}, {"train/loader_wait_seconds", loader_wait_seconds(t->loader)}, {"train/tokens", (double)t->state.tokens}};
+    int n = 8;
+    if (strcmp(t->c->train_spike, "off")) values[n++] = (struct metric){"train/steps_skipped", (double)t->state.spike.skipped};
+    const struct metric measured[] = {{"train/kd_norm", s->kd_norm}, {"train/ce_norm", s->ce_norm}, {"train/kd_share", kd_share}, {"train/ce_share", ce_share}};
+    for (int i = 0; i < 4 && s->measured; i++) values[n++] = measured[i];
     if (t->state.step % t->c->train_log_every == 0 || t->state.step == t->steps)
         progress("step %lld/%lld  loss %.4f  kd %.4f (%.0f %%)  ce %.4f (%.0f %%)  |g| %.3f  lr %.2e  %.0f tok/s  waited %.1fs  eta %s", (long long)t->state.step, (long long)t->steps, s->loss,
                  s->kd, 100 * kd_share, s->ce, 100 * ce_share, s->grad_norm, s->lr, rate, loader_wait_seconds(t->loader), duration_text(eta));
-    return metrics_write(t->metrics, t->state.step, values, sizeof values / sizeof *values - (s->measured ? 0 : 4));
+    return metrics_write(t->metrics, t->state.step, values, n);
 }
 
 static int save(struct trainer *t)
@@ -191,7 +238,7 @@ out:
     return rc;
 }
 
-struct flags { bool resume, dry_run; };
+struct flags { bool resume, dry_run, allow_missing; };
 
 static int take_flag(void *context, int argc, char **argv, int *i)
 {
@@ -199,6 +246,7 @@ static int take_flag(void *context, int argc, char **argv, int *i)
     (void)argc;
     if (!strcmp(argv[*i], "--resume")) f->resume = true;
     else if (!strcmp(argv[*i], "--dry-run")) f->dry_run = true;
+    else if (!strcmp(argv[*i], "--allow-missing")) f->allow_missing = true;
     else return 0;
     return 1;
 }
@@ -211,9 +259,11 @@ int command_train(int argc, char **argv)
     int help, rc = OK;
     TRY(command_config(argc, argv, CMD_TRAIN, "Trains a student on a teacher's logit shards (or, with train.source: corpus, a model on plain text) and writes checkpoints that other tools load.",
                        "distill train configs/quickstart/distill.yaml --set train.steps=100", take_flag, &flags,
-                       "  --resume    go on from the newest checkpoint in run.dir\n  --dry-run   print the plan (steps, FLOPs, memory) and stop\n", &c, &help));
+                       "  --resume    go on from the newest checkpoint in run.dir\n  --dry-run   print the plan (steps, FLOPs, memory) and stop\n"
+                       "  --allow-missing   train without the shards that are missing or set aside; how many rows that is, is said, and a resumed run leaves out the same ones\n", &c, &help));
     if (help) goto out;
     if (flags.resume) c->run_resume = true;
+    if (flags.allow_missing) c->shards_allow_missing = true;
     signals_install();
     TRY(trainer_open(&t, c, flags.dry_run));
     if (!flags.dry_run) TRY(train_loop(t));
