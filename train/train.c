@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "base/error.h"
+#include "base/failpoint.h"
 #include "train/command.h"
 #include "train/progress.h"
 #include "train/signals.h"
@@ -140,12 +141,14 @@ static int train_step(struct trainer *t, struct step_stats *s)
     s->lr = schedule_lr(&t->schedule, t->state.step);
     TRY(check_numbers(t, s));
     TRY(check_spike(t, s));
+    TRY(FAILPOINT("train.before_update"));
     if (s->targets && !s->skipped) optimizer_step(t->optimizer, t->state.step + 1 - t->state.spike.skipped, s->lr);   /* moments have seen no skipped step */
 
     t->state.step++;
     t->state.tokens += t->accum * t->model->n;
     t->state.targets += s->targets;
     loader_tell(t->loader, &t->state.loader);
+    TRY(FAILPOINT("train.after_update"));
 out:
     return rc;
 }
@@ -225,6 +228,7 @@ static int train_loop(struct trainer *t)
         if (rc != OK) goto out;
         double elapsed = now_seconds() - start, per_step = elapsed / (double)(t->state.step - first);
         TRY(report_step(t, &s, (double)(c->train_batch_rows * t->row_length) / per_step, per_step * (double)(t->steps - t->state.step)));
+        TRY(FAILPOINT("train.step_done"));
         if (c->train_eval_every && t->state.step % c->train_eval_every == 0 && has_heldout(t)) TRY(evaluate_and_report(t));
         if (c->train_checkpoint_every && t->state.step % c->train_checkpoint_every == 0) { TRY(save(t)); saved = t->state.step; }
     }
