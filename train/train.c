@@ -116,6 +116,16 @@ void train_gradients(struct model *m, struct objective *o, struct batch *const *
     }
 }
 
+/* For the tests: what a bit that flips in the device's memory does to a gradient, the highest of its exponent. */
+static void flip_bit(struct model *m)
+{
+    size_t width = dtype_width(m->be->grad_dtype);
+    unsigned char *gradient = (unsigned char *)m->grads + (size_t)m->params->norm->offset * width, value[8];
+    m->be->ops->download(m->be, value, gradient, width);
+    value[width - 1] ^= 0x40;
+    m->be->ops->upload(m->be, gradient, value, width);
+}
+
 /* One optimizer step, top to bottom. */
 static int train_step(struct trainer *t, struct step_stats *s)
 {
@@ -132,6 +142,7 @@ static int train_step(struct trainer *t, struct step_stats *s)
     int64_t step = t->state.step + 1;
     s->measured = t->objective->measure = step % t->c->train_log_every == 0 || step == t->steps || t->zero_kd > 0;
     train_gradients(t->model, t->objective, t->batch, t->accum, divisor);
+    if (FAILPOINT_FIRES("train.flip")) flip_bit(t->model);
     objective_read(t->objective, &s->kd, &s->ce);
     if (s->measured) objective_norms(t->objective, divisor, &s->kd_norm, &s->ce_norm);
     s->grad_norm = optimizer_norm(t->optimizer);

@@ -74,6 +74,11 @@ same_run spike-skip spike-stop step-00000120
 same_run spike-skip spike-killed step-00000120
 [ "$(losses spike-skip)" = "$(losses spike-killed)" ] || fail "the losses of a killed run that skips spikes differ"
 
+# F40: a bit that flips in a gradient makes a norm that is out of the way, unless it is one of the low bits: told by train.spike, as the loss it leads to may not be
+DISTILL_FAIL=train.flip:error@40 expect_exit 5 'step 40: the gradient norm [0-9.e+]+ is .* deviations above the median' "$distill" train "${spiky[@]}" --set run.dir=flip-stop --set train.spike=stop
+DISTILL_FAIL=train.flip:error@40 "$distill" train "${spiky[@]}" --set run.dir=flip-skip --set train.spike=skip --set train.steps=60 >spike.log 2>spike.err || fail "a flipped bit, skipped: $(tail -1 spike.err)"
+[ "$(grep -c 'its update is left out' spike.err)" = 1 ] || fail "one flipped bit is not one skipped step: $(cat spike.err)"
+
 # ---- F20: a teacher whose logits are not finite: positions of it (tests/train/test_train.c has them one by one), or all of them
 cp -r teacher sick && printf '\x00\x00\xc0\x7f' | dd of=sick/model.safetensors bs=1 seek=9000 conv=notrunc 2>/dev/null
 expect_exit 5 'not finite.*--quarantine' "$distill" teacher-dump config.yaml --set teacher.path=sick --set shards.path=sick-logits
