@@ -115,8 +115,9 @@ static json_t *state_to_json(const struct train_state *s, const char *device)
 static int left_out_from_json(struct shard_list *l, const json_t *list, const char *where)
 {
     size_t n = json_array_size(list);
+    *l = (struct shard_list){0};
     if (list && !json_is_array(list)) return fail(ERR_INPUT, "%s: left_out is not a list of shards", where);
-    l->shard = xmalloc((n + 1) * sizeof *l->shard);
+    if (n) l->shard = xmalloc(n * sizeof *l->shard);
     for (; (size_t)l->n < n; l->n++) {
         const json_t *shard = json_array_get(list, (size_t)l->n);
         l->shard[l->n] = json_is_integer(shard) ? json_integer_value(shard) : -1;
