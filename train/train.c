@@ -98,7 +98,7 @@ static int check_spike(struct trainer *t, struct step_stats *s)
     else {
         spike_skip(state);
         s->skipped = true;
-        warn("%s: its update is left out, the %lld. of this run (train.spike skip)", what, (long long)state->skipped);
+        warn("%s: its update is left out, %lld so far (train.spike skip)", what, (long long)state->skipped);
     }
     free(what);
     return rc;
