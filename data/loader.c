@@ -101,11 +101,11 @@ struct loader {
     struct shard_manifest manifest; /* of the dataset */
     int t_index;                    /* of options.temperature in the manifest */
     float log_count[SHARD_MAX_DRAWS + 1];
-    int64_t rows, block_rows, blocks;
+    int64_t rows, block_rows, blocks, last_rows;   /* rows of an epoch, without what is left out; last_rows: of the last block */
 
     /* the reader thread's */
     struct loader_state at;
-    int64_t order_epoch, *order, last_place;      /* blocks of that epoch in order; where the last block, maybe shorter, stands */
+    int64_t order_epoch, *order, last_place;      /* blocks of that epoch in order; where the last block, maybe shorter, stands: behind all when it is left out */
     int64_t block_epoch, block, block_begin, block_n, *permutation;   /* the block being read and its rows in order */
     struct shard_row row;
 
@@ -135,11 +135,17 @@ static void epoch_order(struct loader *l, int64_t epoch)
     if (l->order_epoch == epoch) return;
     for (int64_t i = 0; i < l->blocks; i++) l->order[i] = i;
     if (l->options.shuffle && epoch > 0) shuffle_int64(l->order, l->blocks, l->options.seed, stream_of(epoch, -1));
-    for (l->last_place = 0; l->order[l->last_place] != l->blocks - 1; l->last_place++) {}
+    int64_t places = 0, last = -1;
+    for (int64_t i = 0; i < l->blocks; i++) {
+        if (l->dataset && shard_dataset_left_out(l->dataset, l->order[i])) continue;
+        if (l->order[i] == l->blocks - 1) last = places;
+        l->order[places++] = l->order[i];
+    }
+    l->last_place = last < 0 ? places : last;
     l->order_epoch = epoch;
 }
 
-static int64_t rows_of_block(const struct loader *l, int64_t block) { return block == l->blocks - 1 ? l->rows - block * l->block_rows : l->block_rows; }
+static int64_t rows_of_block(const struct loader *l, int64_t block) { return block == l->blocks - 1 ? l->last_rows : l->block_rows; }
 
 /* Which block cursor `at` falls in and where that block begins in the epoch: all blocks but the last are equally long. */
 static int64_t block_find(struct loader *l, struct loader_state at, int64_t *begin)
@@ -347,6 +353,7 @@ static struct loader *loader_new(const struct loader_options *o, int64_t rows, i
     l->rows = rows;
     l->block_rows = block_rows;
     l->blocks = (rows + block_rows - 1) / block_rows;
+    l->last_rows = rows - (l->blocks - 1) * block_rows;
     l->order = xmalloc((size_t)l->blocks * sizeof *l->order);
     l->order_epoch = l->block_epoch = -1;
     pthread_mutex_init(&l->lock, NULL);
@@ -360,7 +367,7 @@ static struct loader *loader_new(const struct loader_options *o, int64_t rows, i
 int loader_open_dataset(struct loader **out, struct shard_dataset *d, const struct loader_options *o)
 {
     int rc = OK, t_index = 0;
-    int64_t sealed;
+    int64_t sealed, rows = 0;
     const struct shard_manifest *m = shard_dataset_manifest(d);
     struct loader *l = NULL;
     CHECK(o->batch_rows > 0 && o->batch_rows <= INT32_MAX / m->row_length, "%lld rows of %lld positions in a batch", (long long)o->batch_rows, (long long)m->row_length);
@@ -378,11 +385,17 @@ int loader_open_dataset(struct loader **out, struct shard_dataset *d, const stru
     }
     TRY(shard_dataset_refresh(d, &sealed));
     TRY(shard_dataset_check_files(d));
-    if (!o->follow && sealed < shard_count(m)) {
-        rc = fail(ERR_INPUT, "%lld of %lld shards are sealed; run teacher-dump again to finish the dataset or set shards.follow: true", (long long)sealed, (long long)shard_count(m));
+    for (int64_t shard = 0; shard < shard_count(m); shard++) {
+        if (shard_dataset_left_out(d, shard)) continue;
+        rows += shard_rows(m, shard);
+        if (o->follow || shard_dataset_has(d, shard)) continue;
+        rc = fail(ERR_INPUT, "%lld of %lld shards are sealed; run teacher-dump again to finish the dataset, set shards.follow: true, or leave out what is missing with --allow-missing", (long long)sealed,
+                  (long long)shard_count(m));
         goto out;
     }
+    if (!rows) { rc = fail(ERR_INPUT, "no shard is there to be read; run teacher-dump, or restore them from a copy"); goto out; }
     l = loader_new(o, m->rows, m->rows_per_shard);
+    l->rows = rows;
     l->dataset = d;
     l->manifest = *m;
     l->t_index = t_index;

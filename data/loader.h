@@ -5,7 +5,8 @@
  * gives the same order as a finished one) and in a permuted order later; within a shard the rows are permuted. For a
  * corpus the whole epoch is permuted. A row is never split, and an epoch's last short batch is filled from the next epoch.
  * Without shuffle: rows as stored, once; the last batch may have fewer rows. An order depends on the manifest alone, not on
- * what is sealed, so (seed, epoch, cursor) names the same rows while a dataset grows and after.
+ * what is sealed, so (seed, epoch, cursor) names the same rows while a dataset grows and after. Shards that are left out (shard_dataset_leave_out) leave the
+ * order of the others as it is, and the cursor counts the rows that are there: it means something together with their list.
  * Targets at temperature T = temperatures[i]: log p_T = (T0 / T) (log p_0 + lse_0) - lse_i, at most 0; as stored when T = T0.
  * Weights: head p_T; a draw counted c of m, from the tail of mass r at T0: w = (c / m) r p_T / p_0, its proposal being p_0 / r (importance sampling, unbiased at
  * every T); kind sampled: c / N, at T0 alone.

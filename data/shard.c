@@ -490,7 +490,7 @@ struct shard_dataset {
     struct slot **slots;                          /* [shard_count], made on first touch */
     int64_t open[MAX_OPEN], clock, checked;
     int n_open;
-    bool verify_on_touch;
+    bool verify_on_touch, *left_out;              /* [shard_count]; NULL: none is */
 };
 
 int shard_dataset_open(struct shard_dataset **out, const char *dir)
@@ -519,6 +519,7 @@ void shard_dataset_close(struct shard_dataset *d)
         free(d->slots[i]);
     }
     free(d->slots);
+    free(d->left_out);
     journal_free(&d->journal);
     pthread_cond_destroy(&d->ready);
     pthread_mutex_destroy(&d->lock);
@@ -554,6 +555,28 @@ int64_t shard_dataset_entries(const struct shard_dataset *d, const struct shard_
     return d->journal.n;
 }
 
+void shard_dataset_missing(struct shard_dataset *d, int64_t **shards, int64_t *n)
+{
+    int64_t count = shard_count(&d->manifest);
+    *shards = xmalloc((size_t)count * sizeof **shards);
+    *n = 0;
+    for (int64_t shard = 0; shard < count; shard++) {
+        char *path = shard_path(d->dir, shard);
+        if (!shard_dataset_has(d, shard) || (access(path, F_OK) && errno == ENOENT)) (*shards)[(*n)++] = shard;
+        free(path);
+    }
+}
+
+void shard_dataset_leave_out(struct shard_dataset *d, const int64_t *shards, int64_t n)
+{
+    free(d->left_out);
+    d->left_out = n ? xcalloc((size_t)shard_count(&d->manifest), sizeof *d->left_out) : NULL;
+    for (int64_t i = 0; i < n; i++) d->left_out[shards[i]] = true;
+    d->checked = 0;                               /* those that were passed over and no longer are */
+}
+
+bool shard_dataset_left_out(const struct shard_dataset *d, int64_t shard) { return d->left_out && d->left_out[shard]; }
+
 void shard_dataset_verify_on_touch(struct shard_dataset *d, bool on) { d->verify_on_touch = on; }
 
 int shard_dataset_check_files(struct shard_dataset *d)
@@ -565,6 +588,7 @@ int shard_dataset_check_files(struct shard_dataset *d)
         const struct shard_entry *e = &d->journal.entries[d->checked];
         int fd;
         int64_t size;
+        if (shard_dataset_left_out(d, e->shard)) continue;
         free(path);
         path = shard_path(d->dir, e->shard);
         if ((rc = plain_open(&fd, &size, path, e->bytes)) != OK) break;

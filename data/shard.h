@@ -117,6 +117,11 @@ int  shard_dataset_refresh(struct shard_dataset *d, int64_t *sealed);
 /* Every sealed shard's file is there with the size the journal gives; files already looked at are skipped. ERR_INPUT names the first fault. */
 int  shard_dataset_check_files(struct shard_dataset *d);
 bool shard_dataset_has(const struct shard_dataset *d, int64_t shard);
+/* Shards that cannot be read: not in the journal (never made, or set aside by a repair), or without their file. Ascending, malloc'd. */
+void shard_dataset_missing(struct shard_dataset *d, int64_t **shards, int64_t *n);
+/* From now on these shards are no part of the dataset: loaders give the rows of the others, check_files does not look for them. Before the first loader is opened. */
+void shard_dataset_leave_out(struct shard_dataset *d, const int64_t *shards, int64_t n);
+bool shard_dataset_left_out(const struct shard_dataset *d, int64_t shard);
 /* Reads row `row` (0 .. rows-1 of the dataset) into arrays of shard_row_alloc; verifies size and structure on first touch of a file and the row's CRC
  * and ranges always. SHA-256 of the whole file is verified before the first touch when verify_on_touch was set. Thread-safe.
  * ERR_INPUT names file and row; ERR_MISMATCH: a shard of another dataset; ERR_IO: the disk gives different bytes each time. */

@@ -15,8 +15,8 @@ install_packages "${packages[@]}" libcriterion-dev
 configure build -Dtests=true
 ninja -C build
 export DISTILL_LONG_TESTS=$long
-tests=(faults/sweep cli/faults cli/kill cli/resume cli/writers cli/verify cli/import cli/errors data/shard_faults data/shard_writers data/shard_scrub data/shard data/safetensors data/tokenizer
-       data/model_config data/corpus data/gguf data/loader base/json base/file train/checkpoint train/export train/config)
+tests=(faults/sweep cli/faults cli/kill cli/resume cli/writers cli/verify cli/policies cli/import cli/errors data/shard_faults data/shard_writers data/shard_scrub data/shard data/safetensors data/tokenizer
+       data/model_config data/corpus data/gguf data/loader base/json base/file train/checkpoint train/spike train/targets train/train train/export train/config)
 status=0
 meson test -C build --no-rebuild --print-errorlogs --timeout-multiplier $([ $long = 1 ] && echo 60 || echo 1) "${tests[@]}" || status=1
 grep -hE 'tried +[0-9]+|[0-9]+ (faults|kills|flips)|none lost|^killed:' build/meson-logs/testlog.txt || true

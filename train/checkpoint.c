@@ -99,6 +99,33 @@ out:
     return rc;
 }
 
+static json_t *state_to_json(const struct train_state *s, const char *device)
+{
+    json_t *state = json_pack("{s:I, s:I, s:I, s:I, s:I, s:I, s:s, s:s}", "step", (json_int_t)s->step, "epoch", (json_int_t)s->loader.epoch, "cursor", (json_int_t)s->loader.cursor,
+                              "tokens", (json_int_t)s->tokens, "targets", (json_int_t)s->targets, "seed", (json_int_t)s->seed, "data_id", s->data_id, "device", device);
+    if (s->left_out.n) {
+        json_t *list = json_array();
+        for (int64_t i = 0; i < s->left_out.n; i++) json_array_append_new(list, json_integer(s->left_out.shard[i]));
+        json_object_set_new(state, "left_out", list);
+    }
+    if (s->spike.n || s->spike.skipped) json_object_set_new(state, "spike", spike_to_json(&s->spike));
+    return state;
+}
+
+static int left_out_from_json(struct shard_list *l, const json_t *list, const char *where)
+{
+    size_t n = json_array_size(list);
+    *l = (struct shard_list){0};
+    if (list && !json_is_array(list)) return fail(ERR_INPUT, "%s: left_out is not a list of shards", where);
+    if (n) l->shard = xmalloc(n * sizeof *l->shard);
+    for (; (size_t)l->n < n; l->n++) {
+        const json_t *shard = json_array_get(list, (size_t)l->n);
+        l->shard[l->n] = json_is_integer(shard) ? json_integer_value(shard) : -1;
+        if (l->shard[l->n] < 0 || (l->n && l->shard[l->n] <= l->shard[l->n - 1])) return fail(ERR_INPUT, "%s: left_out is not a list of shards in ascending order", where);
+    }
+    return OK;
+}
+
 static int write_all(const char *dir, const struct model *m, const struct optimizer *o, const struct train_state *s, const struct config *config, const char *tokenizer_dir)
 {
     static const char *const type_name[DTYPE_COUNT] = {[DTYPE_F32] = "float32", [DTYPE_BF16] = "bfloat16", [DTYPE_F16] = "float16"};
@@ -110,9 +137,7 @@ static int write_all(const char *dir, const struct model *m, const struct optimi
     TRY(write_weights(dir, m));
     TRY(write_moments(dir, o));
     TRY(config_write(config, yaml));
-    TRY(write_json(dir, "state.json", json_pack("{s:I, s:I, s:I, s:I, s:I, s:I, s:s, s:s}", "step", (json_int_t)s->step, "epoch", (json_int_t)s->loader.epoch,
-                                                "cursor", (json_int_t)s->loader.cursor, "tokens", (json_int_t)s->tokens, "targets", (json_int_t)s->targets,
-                                                "seed", (json_int_t)s->seed, "data_id", s->data_id, "device", m->be->name)));
+    TRY(write_json(dir, "state.json", state_to_json(s, m->be->name)));
     TRY(write_file_list(dir));
     TRY(file_sync_dir(dir));
 out:
@@ -299,6 +324,8 @@ int checkpoint_load(const char *path, struct model *m, struct optimizer *o, stru
     TRY(json_get_string(state, "data_id", state_path, "", &data_id));
     if (s->step < 0 || s->loader.epoch < 0 || s->loader.cursor < 0 || s->seed < 0 || strlen(data_id) >= sizeof s->data_id) { rc = fail(ERR_INPUT, "%s: step, epoch, cursor, seed or data_id is missing or makes no sense", state_path); goto out; }
     strcpy(s->data_id, data_id);
+    TRY(left_out_from_json(&s->left_out, json_object_get(state, "left_out"), state_path));
+    TRY(spike_from_json(&s->spike, json_object_get(state, "spike"), state_path));
 out:
     model_files_close(files);
     tensor_set_close(set);

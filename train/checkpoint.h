@@ -1,7 +1,8 @@
 /* Checkpoints: run.dir/checkpoints/step-NNNNNNNN, a model directory that every other tool loads as it is, and beside the weights
  *
  *     optimizer.safetensors    exp_avg.<name>, exp_avg_sq.<name>, in the moments' own type
- *     state.json               step, loader position, seed, tokens seen, dataset id, device type
+ *     state.json               step, loader position, seed, tokens seen, dataset id, device type; where there are any: the shards that are left out, and the
+ *                              losses and norms that spikes are told by
  *     run.yaml                 the resolved configuration
  *     files.json               SHA-256 of every other file
  *
@@ -14,6 +15,9 @@
 #include "data/loader.h"
 #include "train/config.h"
 #include "train/optimizer.h"
+#include "train/spike.h"
+
+struct shard_list { int64_t *shard, n; };
 
 struct train_state {
     int64_t step;                        /* optimizer steps done */
@@ -21,6 +25,8 @@ struct train_state {
     int64_t tokens, targets;             /* seen so far */
     char data_id[SHA256_HEX];            /* dataset id or corpus hash */
     int64_t seed;                        /* run.seed: with the loader's position it says which rows come next */
+    struct shard_list left_out;          /* and so do the shards the run does without; checkpoint_load makes it, the owner frees it */
+    struct spike_state spike;
 };
 
 /* `tokenizer_dir` NULL: none to copy. Keeps the newest `keep` (>= 1) checkpoints afterwards, itself

@@ -30,7 +30,7 @@ struct config {
     double corpus_heldout_fraction;
     /* shards */
     char *shards_path, *shards_heldout_path, *shards_kind; int64_t shards_k, shards_m, shards_draws, shards_rows_per_shard; struct double_list shards_temperatures;
-    bool shards_follow; double shards_wait_s;
+    bool shards_follow, shards_allow_missing; double shards_wait_s;
     /* dump */
     int64_t dump_batch_rows, dump_chunk_tokens, dump_error_rows; double dump_max_error;
     /* objective */
@@ -42,6 +42,7 @@ struct config {
     /* train */
     char *train_source, *train_recompute, *train_matmul; int64_t train_steps, train_batch_rows, train_micro_rows, train_chunk_tokens;
     int64_t train_eval_every, train_checkpoint_every, train_keep_checkpoints, train_log_every, train_measure_every; double train_epochs; bool train_check_alignment, train_deterministic;
+    char *train_spike; double train_spike_threshold; int64_t train_spike_most;
     /* memory */
     double memory_limit_gib;
     /* eval */

@@ -199,24 +199,91 @@ void dump_pipeline_free(struct dump_pipeline *p)
 
 static void to_half(uint16_t *to, const float *from, size_t n) { for (size_t i = 0; i < n; i++) to[i] = f16_from_float(from[i]); }
 
+/* ---- positions without finite targets ---- */
+
+enum { FEW_ROWS = 64, MOST_MESSAGES = 8 };   /* rows after which a teacher that gives nothing is told from a row that it stumbles over */
+static const float F16_MOST = 65504;
+
+/* Can everything the teacher says at position i be stored, in f16 where that is its type? */
+static bool storable(const struct dump_pipeline *p, const struct answer *a, size_t i)
+{
+    size_t k = (size_t)p->o.k, nT = (size_t)p->o.nT, draws = (size_t)p->o.draws, Vv = (size_t)p->o.Vv;
+    bool good = isfinite(a->entropy[i]) && a->label_logprob[i] >= -F16_MOST;
+    for (size_t j = 0; j < nT; j++) good &= isfinite(a->lse[i * nT + j]) && !(k && isnan(a->tail[i * nT + j]));
+    for (size_t j = 0; j < k; j++) good &= a->head_logprob[i * k + j] >= -F16_MOST;
+    for (size_t j = 0; j < draws && a->draw_logprob; j++) good &= a->draw_logprob[i * draws + j] >= -F16_MOST;
+    for (size_t j = 0; j < Vv && a->full; j++) good &= (a->full[i * Vv + j] & 0x7fff) < 0x7c00;
+    return good;
+}
+
+static void blank(const struct dump_pipeline *p, const struct answer *a, size_t i)
+{
+    size_t k = (size_t)p->o.k, nT = (size_t)p->o.nT, draws = (size_t)p->o.draws, Vv = (size_t)p->o.Vv;
+    a->entropy[i] = a->label_logprob[i] = a->padding_mass[i] = 0;
+    memset(a->lse + i * nT, 0, nT * sizeof *a->lse);
+    if (k) {
+        memset(a->tail + i * nT, 0, nT * sizeof *a->tail);
+        memset(a->head_ids + i * k, 0, k * sizeof *a->head_ids);
+        memset(a->head_logprob + i * k, 0, k * sizeof *a->head_logprob);
+    }
+    if (draws) {
+        memset(a->draw_ids + i * draws, 0, draws * sizeof *a->draw_ids);
+        memset(a->draw_count + i * draws, 0, draws);
+    }
+    if (a->draw_logprob) memset(a->draw_logprob + i * draws, 0, draws * sizeof *a->draw_logprob);
+    if (a->full) memset(a->full + i * Vv, 0, Vv * sizeof *a->full);
+}
+
+/* With quarantine: what cannot be stored becomes zeros that nobody learns, row by row; *s counts. */
+static int set_aside(struct dump_pipeline *p, const struct job *j, int place, struct dump_stats *s)
+{
+    struct dump_run *r = p->run;
+    const struct answer *a = &r->answer[place];
+    int64_t L = p->o.row_length;
+    for (int64_t row = 0; row < j->rows; row++) {
+        int64_t before = s->aside, first = -1;
+        for (int64_t i = row * L; i < (row + 1) * L; i++) {
+            if (storable(p, a, (size_t)i)) continue;
+            blank(p, a, (size_t)i);
+            s->targets_aside += r->loss_mask[place][i];
+            r->loss_mask[place][i] = 0;
+            s->aside++;
+            if (first < 0) first = i % L;
+        }
+        if (first < 0) continue;
+        s->rows_aside++;
+        if (s->rows_aside <= MOST_MESSAGES)
+            warn("row %lld: the teacher's logits are not finite at %lld of %lld positions, the first is %lld: set aside, not learnt%s", (long long)(j->first_row + row), (long long)(s->aside - before),
+                 (long long)L, (long long)first, s->rows_aside == MOST_MESSAGES ? "; further rows are counted at the end" : "");
+    }
+    if (s->rows + j->rows >= FEW_ROWS && 2 * s->aside > (s->rows + j->rows) * L)
+        return fail(ERR_NUMERIC, "row %lld: the teacher's logits were not finite at %lld of %lld positions so far: it is the teacher, not some rows; check the model with distill inspect %s",
+                    (long long)j->first_row, (long long)s->aside, (long long)((s->rows + j->rows) * L), r->where);
+    return OK;
+}
+
 static int hand_on(struct dump_pipeline *p, const struct job *j, int place)
 {
     struct dump_run *r = p->run;
     const struct answer *a = &r->answer[place];
     int64_t L = p->o.row_length, n = j->rows * L;
     size_t k = (size_t)p->o.k, nT = (size_t)p->o.nT, draws = (size_t)p->o.draws;
-    double kept = 0, padding = 0;
-    int64_t drawn = 0;
+    struct dump_stats s = dump_stats(p);       /* this thread alone changes them */
     int rc = OK;
+    if (p->o.quarantine) {
+        rc = set_aside(p, j, place, &s);
+        if (rc != OK) return rc;
+    }
     for (int64_t i = 0; i < n; i++) {
         if (!isfinite(a->lse[(size_t)i * nT]))
-            return fail(ERR_NUMERIC, "row %lld, position %lld: the teacher's logits are not finite; check the model with distill inspect %s", (long long)(j->first_row + i / L), (long long)(i % L), r->where);
-        if (k) kept += -expm1((double)a->tail[(size_t)i * nT]);
-        padding += (double)a->padding_mass[i];
+            return fail(ERR_NUMERIC, "row %lld, position %lld: the teacher's logits are not finite; check the model with distill inspect %s, or let such positions be set aside with --quarantine",
+                        (long long)(j->first_row + i / L), (long long)(i % L), r->where);
+        if (k) s.kept_mass += -expm1((double)a->tail[(size_t)i * nT]);
+        s.padding_mass += (double)a->padding_mass[i];
     }
     if (k) to_half(r->head_logprob, a->head_logprob, (size_t)n * k);
     if (a->draw_logprob) to_half(r->draw_logprob, a->draw_logprob, (size_t)n * draws);
-    for (size_t i = 0; i < (size_t)n * draws; i++) drawn += a->draw_count[i] != 0;
+    for (size_t i = 0; i < (size_t)n * draws; i++) s.drawn += a->draw_count[i] != 0;
     to_half(r->entropy, a->entropy, (size_t)n);
     to_half(r->label_logprob, a->label_logprob, (size_t)n);
     pthread_mutex_lock(&r->sink_lock);
@@ -241,12 +308,10 @@ static int hand_on(struct dump_pipeline *p, const struct job *j, int place)
 out:
     pthread_mutex_unlock(&r->sink_lock);
     if (rc != OK) return rc;
+    s.rows += j->rows;
+    s.positions += n;
     pthread_mutex_lock(&r->lock);
-    r->stats.rows += j->rows;
-    r->stats.positions += n;
-    r->stats.drawn += drawn;
-    r->stats.kept_mass += kept;
-    r->stats.padding_mass += padding;
+    r->stats = s;
     pthread_mutex_unlock(&r->lock);
     return OK;
 }

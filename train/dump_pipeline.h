@@ -19,6 +19,7 @@ struct dump_options {
     bool fp8;                          /* the products of the blocks in fp8 (model_options) */
     bool measure;                      /* with room to measure what that changes (dump_error.h) */
     size_t memory_limit;               /* bytes of device memory the plan may take; 0: what there is */
+    bool quarantine;                   /* positions whose targets are not finite are set aside: zeros, not supervised. Else they are ERR_NUMERIC */
 };
 
 /* Where rows go. Called from the pipeline's thread, one at a time, in the order of submission. */
@@ -29,7 +30,8 @@ struct dump_sink {
     int (*seal)(void *context);
 };
 
-struct dump_stats { int64_t rows, positions, drawn; double kept_mass, padding_mass; };   /* taken by the sink so far; sums over positions; drawn: different tokens */
+/* Taken by the sink so far; sums over positions; drawn: different tokens; aside: positions set aside, in rows_aside rows, targets_aside of them supervised. */
+struct dump_stats { int64_t rows, positions, drawn, aside, targets_aside, rows_aside; double kept_mass, padding_mass; };
 
 struct dump_pipeline;
 /* Chooses batch_rows and residence, and plans the memory: p->plan is complete but for what the caller adds. Nothing is allocated. */

@@ -74,6 +74,7 @@ const struct option options[] = {
     WHOLE ("shards.rows_per_shard", shards_rows_per_shard, "64", 1, 1e6, D | B | I, "rows of one shard file"),
     SWITCH("shards.follow", shards_follow, "false", T, "train while the dump is still running: wait for shards that are not there yet"),
     REAL  ("shards.wait_s", shards_wait_s, "0", 0, 1e9, T, "shards.follow: give up after this many seconds without a new shard; 0: never"),
+    SWITCH("shards.allow_missing", shards_allow_missing, "false", T, "train without the shards that are missing, as --allow-missing does; otherwise a missing shard stops the run"),
 
     WHOLE ("dump.batch_rows", dump_batch_rows, "0", 0, 65536, D | B, "rows of one forward pass of the teacher; 0: what the device's memory and the streaming of weights ask for"),
     WHOLE ("dump.chunk_tokens", dump_chunk_tokens, "1024", 1, 1048576, D | B, "positions whose logits exist at one time"),
@@ -118,6 +119,9 @@ const struct option options[] = {
     WHOLE ("train.measure_every", train_measure_every, "10", 1, MANY, T, "steps between measurements of KD's and CE's shares of the gradient, which take a slower loss kernel; the first and the last step are measured too"),
     SWITCH("train.deterministic", train_deterministic, "false", T | B, "cuda: a run repeated on the same card is the same to the bit; attention's backward is then many times slower. cpu: always so"),
     SWITCH("train.check_alignment", train_check_alignment, "true", T, "before the first step: the targets must make the next token likelier than the one before it and the one after it"),
+    CHOICE("train.spike", train_spike, "off", "off|skip|stop", T, "a step whose loss or gradient norm is far above that of the 64 steps before it: an update as any other, one that is left out, or the end of the run"),
+    ABOVE ("train.spike_threshold", train_spike_threshold, "10", 0, 1e6, T, "train.spike: how far above the median, in standard deviations as the median absolute deviation estimates them"),
+    WHOLE ("train.spike_most", train_spike_most, "3", 0, 1e6, T, "train.spike skip: stop when more than this many steps in a row would be left out"),
 
     REAL  ("memory.limit_gib", memory_limit_gib, "0", 0, 1e6, D | T | E | B, "most memory the plan may take; 0: what the machine has"),
 

@@ -18,7 +18,7 @@
 #include "train/student.h"
 
 struct shard_range { int64_t first, end; };    /* end 0: every shard that nobody else makes, by locks; -1: every shard, without */
-struct dump_flags { bool dry_run, no_measure, no_space_check, bad_range; struct shard_range range; };
+struct dump_flags { bool dry_run, no_measure, no_space_check, quarantine, bad_range; struct shard_range range; };
 
 struct dump {
     const struct config *c;
@@ -84,7 +84,7 @@ static int plan_memory(struct dump *d)
     TRY(backend_open(&d->be, &device));
     struct dump_options o = {.kind = d->kind, .k = d->k, .draws = d->draws, .seed = (uint64_t)c->run_seed, .nT = d->nT, .Vv = d->Vv, .row_length = c->corpus_row_length, .batch_rows = c->dump_batch_rows, .chunk_tokens = c->dump_chunk_tokens,
                              .weights = !strcmp(c->teacher_weights, "resident") ? WEIGHTS_RESIDENT : !strcmp(c->teacher_weights, "streamed") ? WEIGHTS_STREAMED : WEIGHTS_AUTO,
-                             .memory_limit = (size_t)(c->memory_limit_gib * 0x1p30), .fp8 = !strcmp(c->teacher_precision, "fp8")};
+                             .memory_limit = (size_t)(c->memory_limit_gib * 0x1p30), .fp8 = !strcmp(c->teacher_precision, "fp8"), .quarantine = d->flags.quarantine};
     o.measure = o.fp8;
     memcpy(o.temperatures, d->temperatures, sizeof o.temperatures);
     if (o.fp8) TRY(model_check_fp8(d->be, d->files->config, "teacher.precision"));
@@ -370,11 +370,13 @@ static int run(struct dump *d)
     TRY(dump_datasets(d, heldout));
     struct dump_stats stats = dump_stats(d->pipeline);
     if (stats.positions) {
+        double good = stats.positions > stats.aside ? (double)(stats.positions - stats.aside) : 1;
         printf("done      %lld positions dumped by this run", (long long)stats.positions);
-        if (d->k) printf(", the top %d keep %.4f of the mass on average", d->k, stats.kept_mass / (double)stats.positions);
+        if (d->k) printf(", the top %d keep %.4f of the mass on average", d->k, stats.kept_mass / good);
         if (d->draws) printf(", %d draws are %.1f different tokens", d->draws, (double)stats.drawn / (double)stats.positions);
-        printf("; %lld padding columns masked, they held %.2e of the mass\n", (long long)(d->files->config->vocab_size - d->Vv), stats.padding_mass / (double)stats.positions);
+        printf("; %lld padding columns masked, they held %.2e of the mass\n", (long long)(d->files->config->vocab_size - d->Vv), stats.padding_mass / good);
     }
+    if (stats.aside) printf("set aside %lld positions of %lld rows, %lld of them supervised, where the teacher's logits are not finite\n", (long long)stats.aside, (long long)stats.rows_aside, (long long)stats.targets_aside);
 out:
     free(no_room);
     free(heldout);
@@ -389,6 +391,7 @@ static int take_flag(void *context, int argc, char **argv, int *i)
     if (!strcmp(argv[*i], "--dry-run")) { f->dry_run = true; return 1; }
     if (!strcmp(argv[*i], "--no-measure")) { f->dry_run = f->no_measure = true; return 1; }
     if (!strcmp(argv[*i], "--no-space-check")) { f->no_space_check = true; return 1; }
+    if (!strcmp(argv[*i], "--quarantine")) { f->quarantine = true; return 1; }
     if (strcmp(argv[*i], "--shards")) return 0;
     if (*i + 1 == argc) { f->bad_range = true; return 1; }
     const char *range = argv[++*i];
@@ -408,6 +411,7 @@ int command_teacher_dump(int argc, char **argv)
                        "                 in gradient error, and what teacher.precision fp8 changes. Exit code 4 when the shards do not fit on the disk, 5 when fp8 changes more than dump.max_error\n"
                        "  --no-measure   with --dry-run: without the batches, so that no weight is read\n"
                        "  --no-space-check   dump although the disk seems too small\n"
+                       "  --quarantine   where the teacher's logits are not finite, set the position aside (it is stored as zeros and not learnt) and count it, instead of stopping\n"
                        "  --shards A:B   make shards A to B-1 and no others, without relying on locks: for job arrays on file systems whose locks do not reach other\n"
                        "                 machines. Every process needs a range of its own; afterwards distill inspect DATASET --repair enters the shards in the journal\n", &c, &help));
     if (help) goto out;

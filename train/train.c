@@ -6,11 +6,12 @@
 #include <string.h>
 
 #include "base/error.h"
+#include "base/failpoint.h"
 #include "train/command.h"
 #include "train/progress.h"
 #include "train/signals.h"
 
-struct step_stats { double loss, kd, ce, grad_norm, lr, kd_norm, ce_norm; int64_t targets; bool measured; struct fp8_census census[CENSUS_COUNT]; };
+struct step_stats { double loss, kd, ce, grad_norm, lr, kd_norm, ce_norm; int64_t targets; bool measured, skipped; struct fp8_census census[CENSUS_COUNT]; };
 enum { ZERO_KD_STEPS = 3 };   /* a student that is the teacher may start at KL 0; it does not stay there while anything else moves it */
 
 /* Our own copy of a batch the loader will overwrite. */
@@ -60,6 +61,49 @@ static int check_numbers(struct trainer *t, const struct step_stats *s)
     return OK;
 }
 
+/* "3, 18, 7": rows of the step, the first few of them; valid until the next call. */
+static const char *rows_text(const struct trainer *t)
+{
+    static char text[200];
+    int64_t n = 0;
+    size_t used = 0;
+    for (int i = 0; i < t->accum; i++)
+        for (int64_t r = 0; r < t->batch[i]->rows && n < 8; r++, n++)
+            used += (size_t)snprintf(text + used, sizeof text - used, "%s%lld", n ? ", " : "", (long long)t->batch[i]->row_index[r]);
+    if (n < t->c->train_batch_rows) snprintf(text + used, sizeof text - used, ", ...");
+    return text;
+}
+
+/* train.spike: what a step far out of the run's way is worth, after its numbers were found finite and before a weight moves. */
+static int check_spike(struct trainer *t, struct step_stats *s)
+{
+    struct spike_state *state = &t->state.spike;
+    struct spike found;
+    long long step = (long long)t->state.step + 1;
+    s->skipped = false;
+    if (!strcmp(t->c->train_spike, "off") || !s->targets) return OK;
+    if (!spike_judge(state, t->c->train_spike_threshold, s->loss, s->grad_norm, &found)) {
+        spike_remember(state, s->loss, s->grad_norm);
+        return OK;
+    }
+    char *what = xasprintf("step %lld: %s %g is %.1f deviations above the median of the %d steps before it, %g +- %g; rows %s", step, found.what, found.value, (found.value - found.median) / found.deviation,
+                           state->n, found.median, found.deviation, rows_text(t));
+    progress_end();
+    int rc = OK;
+    if (!strcmp(t->c->train_spike, "stop"))
+        rc = fail(ERR_NUMERIC, "%s. No weight was changed (train.spike stop); look at the rows with distill inspect, lower optimizer.lr, or set train.spike to skip", what);
+    else if (state->in_a_row >= t->c->train_spike_most)
+        rc = fail(ERR_NUMERIC, "%s. %lld steps before it were left out as well (train.spike_most): that is no spike, the run has left its way; go on from an earlier checkpoint with a lower optimizer.lr", what,
+                  (long long)state->in_a_row);
+    else {
+        spike_skip(state);
+        s->skipped = true;
+        warn("%s: its update is left out, %lld so far (train.spike skip)", what, (long long)state->skipped);
+    }
+    free(what);
+    return rc;
+}
+
 void train_gradients(struct model *m, struct objective *o, struct batch *const *batch, int n, double divisor)
 {
     m->be->ops->fill_zero(m->be, m->grads, (size_t)m->params->total * dtype_width(m->be->grad_dtype));
@@ -70,6 +114,16 @@ void train_gradients(struct model *m, struct objective *o, struct batch *const *
         objective_run(o, batch[i], divisor, true);             /* hidden -> loss, d_hidden, head gradient */
         model_backward(m);                                     /* d_hidden -> gradients */
     }
+}
+
+/* For the tests: what a bit that flips in the device's memory does to a gradient, the highest of its exponent. */
+static void flip_bit(struct model *m)
+{
+    size_t width = dtype_width(m->be->grad_dtype);
+    unsigned char *gradient = (unsigned char *)m->grads + (size_t)m->params->norm->offset * width, value[8];
+    m->be->ops->download(m->be, value, gradient, width);
+    value[width - 1] ^= 0x40;
+    m->be->ops->upload(m->be, gradient, value, width);
 }
 
 /* One optimizer step, top to bottom. */
@@ -89,6 +143,7 @@ static int train_step(struct trainer *t, struct step_stats *s)
     s->measured = t->objective->measure = step == 1 || step % t->c->train_measure_every == 0 || step == t->steps || t->zero_kd > 0;
     if (s->measured) model_count_fp8(t->model);
     train_gradients(t->model, t->objective, t->batch, t->accum, divisor);
+    if (FAILPOINT_FIRES("train.flip")) flip_bit(t->model);
     model_read_census(t->model, s->census);
     objective_read(t->objective, &s->kd, &s->ce);
     if (s->measured) objective_norms(t->objective, divisor, &s->kd_norm, &s->ce_norm);
@@ -98,8 +153,10 @@ static int train_step(struct trainer *t, struct step_stats *s)
     s->loss = t->c->objective_kd_weight * s->kd + t->c->objective_ce_weight * s->ce;
     s->lr = schedule_lr(&t->schedule, t->state.step);
     TRY(check_numbers(t, s));
-    if (s->targets) {
-        optimizer_step(t->optimizer, t->state.step + 1, s->lr);
+    TRY(check_spike(t, s));
+    TRY(FAILPOINT("train.before_update"));
+    if (s->targets && !s->skipped) {
+        optimizer_step(t->optimizer, t->state.step + 1 - t->state.spike.skipped, s->lr);   /* moments have seen no skipped step */
         model_weights_changed(t->model);
     }
 
@@ -107,6 +164,7 @@ static int train_step(struct trainer *t, struct step_stats *s)
     t->state.tokens += t->accum * t->model->n;
     t->state.targets += s->targets;
     loader_tell(t->loader, &t->state.loader);
+    TRY(FAILPOINT("train.after_update"));
 out:
     return rc;
 }
@@ -178,10 +236,13 @@ static int report_step(struct trainer *t, const struct step_stats *s, double rat
         t->share.kd = both > 0 ? s->kd_norm / both : 0;
         t->share.ce = both > 0 ? s->ce_norm / both : 0;
     }
-    enum { ALWAYS = 8, MEASURED = 4 };
-    struct metric values[ALWAYS + MEASURED + 3 * CENSUS_COUNT] = {{"train/loss", s->loss}, {"train/kd", s->kd}, {"train/ce", s->ce}, {"train/grad_norm", s->grad_norm}, {"train/lr", s->lr},
-                                    {"train/tokens_per_second", rate}, {"train/loader_wait_seconds", loader_wait_seconds(t->loader)}, {"train/tokens", (double)t->state.tokens},
-                                    {"train/kd_norm", s->kd_norm}, {"train/ce_norm", s->ce_norm}, {"train/kd_share", t->share.kd}, {"train/ce_share", t->share.ce}};
+    struct metric values[13 + 3 * CENSUS_COUNT] = {{"train/loss", s->loss}, {"train/kd", s->kd}, {"train/ce", s->ce}, {"train/grad_norm", s->grad_norm}, {"train/lr", s->lr},
+                                    {"train/tokens_per_second", rate}, {"train/loader_wait_seconds", loader_wait_seconds(t->loader)}, {"train/tokens", (double)t->state.tokens}};
+    int n = 8;
+    if (strcmp(t->c->train_spike, "off")) values[n++] = (struct metric){"train/steps_skipped", (double)t->state.spike.skipped};
+    const struct metric measured[] = {{"train/kd_norm", s->kd_norm}, {"train/ce_norm", s->ce_norm}, {"train/kd_share", t->share.kd}, {"train/ce_share", t->share.ce}};
+    for (int i = 0; i < 4 && s->measured; i++) values[n++] = measured[i];
+    if (s->measured && t->model->o.fp8) n += add_census(values + n, s->census);
     if (t->share.known) {
         snprintf(kd_share, sizeof kd_share, " (%.0f %%)", 100 * t->share.kd);
         snprintf(ce_share, sizeof ce_share, " (%.0f %%)", 100 * t->share.ce);
@@ -189,8 +250,6 @@ static int report_step(struct trainer *t, const struct step_stats *s, double rat
     if (every == 0 || step % every == 0 || step == t->steps)
         (every ? progress_always : progress)("step %lld/%lld  loss %.4f  kd %.4f%s  ce %.4f%s  |g| %.3f  lr %.2e  %.0f tok/s  waited %.1fs  eta %s", (long long)step, (long long)t->steps, s->loss,
                                              s->kd, kd_share, s->ce, ce_share, s->grad_norm, s->lr, rate, loader_wait_seconds(t->loader), duration_text(eta));
-    int n = s->measured ? ALWAYS + MEASURED : ALWAYS;
-    if (s->measured && t->model->o.fp8) n += add_census(values + n, s->census);
     return metrics_write(t->metrics, step, values, n);
 }
 
@@ -212,6 +271,7 @@ static int train_loop(struct trainer *t)
         if (rc != OK) goto out;
         double elapsed = now_seconds() - start, per_step = elapsed / (double)(t->state.step - first);
         TRY(report_step(t, &s, (double)(c->train_batch_rows * t->row_length) / per_step, per_step * (double)(t->steps - t->state.step)));
+        TRY(FAILPOINT("train.step_done"));
         if (c->train_eval_every && t->state.step % c->train_eval_every == 0 && has_heldout(t)) TRY(evaluate_and_report(t));
         if (c->train_checkpoint_every && t->state.step % c->train_checkpoint_every == 0) { TRY(save(t)); saved = t->state.step; }
     }
@@ -225,7 +285,7 @@ out:
     return rc;
 }
 
-struct flags { bool resume, dry_run; };
+struct flags { bool resume, dry_run, allow_missing; };
 
 static int take_flag(void *context, int argc, char **argv, int *i)
 {
@@ -233,6 +293,7 @@ static int take_flag(void *context, int argc, char **argv, int *i)
     (void)argc;
     if (!strcmp(argv[*i], "--resume")) f->resume = true;
     else if (!strcmp(argv[*i], "--dry-run")) f->dry_run = true;
+    else if (!strcmp(argv[*i], "--allow-missing")) f->allow_missing = true;
     else return 0;
     return 1;
 }
@@ -245,9 +306,11 @@ int command_train(int argc, char **argv)
     int help, rc = OK;
     TRY(command_config(argc, argv, CMD_TRAIN, "Trains a student on a teacher's logit shards (or, with train.source: corpus, a model on plain text) and writes checkpoints that other tools load.",
                        "distill train configs/quickstart/distill.yaml --set train.steps=100", take_flag, &flags,
-                       "  --resume    go on from the newest checkpoint in run.dir\n  --dry-run   print the plan (steps, FLOPs, memory) and stop\n", &c, &help));
+                       "  --resume    go on from the newest checkpoint in run.dir\n  --dry-run   print the plan (steps, FLOPs, memory) and stop\n"
+                       "  --allow-missing   train without the shards that are missing or set aside; how many rows that is, is said, and a resumed run leaves out the same ones\n", &c, &help));
     if (help) goto out;
     if (flags.resume) c->run_resume = true;
+    if (flags.allow_missing) c->shards_allow_missing = true;
     signals_install();
     TRY(trainer_open(&t, c, flags.dry_run));
     if (!flags.dry_run) TRY(train_loop(t));

@@ -30,6 +30,8 @@ static int check_keys(const struct config *c)
         return fail(ERR_USAGE, "train.source is corpus, which has no teacher: set objective.kd_weight to 0 and objective.ce_weight to 1, or train.source to shards");
     if (c->train_batch_rows % c->train_micro_rows)
         return fail(ERR_USAGE, "train.batch_rows (%lld) is not a multiple of train.micro_rows (%lld)", (long long)c->train_batch_rows, (long long)c->train_micro_rows);
+    if (c->shards_allow_missing && c->shards_follow)
+        return fail(ERR_USAGE, "shards.allow_missing and shards.follow are both set: a shard that is not there yet is either waited for or left out");
     if (!c->train_steps && c->train_epochs <= 0) return fail(ERR_USAGE, "train.steps and train.epochs are both 0: say how long to train");
     return OK;
 }
@@ -52,17 +54,31 @@ static int wait_for_manifest(const struct config *c)
     return rc;
 }
 
+/* With shards.allow_missing: the dataset is what is there, and how much that is not is said. */
+static void leave_out_missing(struct shard_dataset *d, const char *path, struct shard_list *out)
+{
+    const struct shard_manifest *m = shard_dataset_manifest(d);
+    int64_t rows = 0;
+    shard_dataset_missing(d, &out->shard, &out->n);
+    for (int64_t i = 0; i < out->n; i++) rows += shard_rows(m, out->shard[i]);
+    if (out->n) warn("%s: %lld of %lld shards are missing and left out, the first is shard %lld: %lld of %lld rows, %.2f %%", path, (long long)out->n, (long long)shard_count(m), (long long)out->shard[0],
+                     (long long)rows, (long long)m->rows, 100 * (double)rows / (double)m->rows);
+    shard_dataset_leave_out(d, out->shard, out->n);
+}
+
 static int open_shards(struct trainer *t)
 {
     const struct config *c = t->c;
     int rc = OK;
     char *heldout = heldout_shards_path(c), *manifest = path_join(heldout, "manifest.json");
+    struct shard_list heldout_left_out = {0};
     if (c->shards_follow) TRY(wait_for_manifest(c));
     TRY(shard_dataset_open(&t->dataset, c->shards_path));
     const struct shard_manifest *m = shard_dataset_manifest(t->dataset);
     TRY(binding_check(m, c, t->student, t->tokenizer));
     TRY(targets_choose(&t->loss, &t->target_kind, &t->k, c, m));
     strcpy(t->data_id, shard_dataset_id(t->dataset));
+    if (c->shards_allow_missing) leave_out_missing(t->dataset, c->shards_path, &t->state.left_out);
     t->row_length = m->row_length;
     t->Vv = m->valid_vocab;
     if (c->train_eval_every && path_exists(manifest)) {
@@ -72,8 +88,10 @@ static int open_shards(struct trainer *t)
             rc = fail(ERR_MISMATCH, "%s and %s were not dumped with one teacher and one configuration; dump both again or set train.eval_every to 0", c->shards_path, heldout);
             goto out;
         }
+        if (c->shards_allow_missing) leave_out_missing(t->heldout_dataset, heldout, &heldout_left_out);
     } else if (c->train_eval_every) warn("%s does not exist: there is no held-out evaluation during training", heldout);
 out:
+    free(heldout_left_out.shard);
     free(heldout);
     free(manifest);
     return rc;
@@ -164,12 +182,53 @@ out:
     config_free(was);
 }
 
+/* The loader, and how long the run is by what it gives. */
+static int open_rows(struct trainer *t)
+{
+    const struct config *c = t->c;
+    int rc = OK;
+    loader_close(t->loader);
+    t->loader = NULL;
+    TRY(trainer_open_loader(t, false, &t->loader));
+    t->accum = (int)(c->train_batch_rows / c->train_micro_rows);
+    t->steps = c->train_steps ? c->train_steps : (int64_t)ceil(c->train_epochs * (double)loader_rows_per_epoch(t->loader) / (double)c->train_batch_rows);
+    TRY(schedule_make(&t->schedule, c, t->steps));
+out:
+    return rc;
+}
+
+static bool lists(const struct shard_list *l, int64_t shard)
+{
+    for (int64_t i = 0; i < l->n; i++) if (l->shard[i] == shard) return true;
+    return false;
+}
+
+/* The shards the run began without are those it goes on without, or its place among the rows would mean others. `missing`: those of today, the caller's. */
+static int keep_left_out(struct trainer *t, const struct shard_list *missing, const char *path)
+{
+    struct shard_list *began = &t->state.left_out;
+    int64_t back = 0;
+    for (int64_t i = 0; i < missing->n; i++)
+        if (!lists(began, missing->shard[i]))
+            return fail(ERR_MISMATCH, "%s: shard %lld is missing, but the run of %s began with it, and which rows come next depends on it; let distill inspect %s --repair and teacher-dump make it again, "
+                        "or start another run.dir", t->c->shards_path, (long long)missing->shard[i], path, t->c->shards_path);
+    if (began->n == missing->n) return OK;
+    for (int64_t i = 0; i < began->n; i++) {
+        if (!t->dataset || began->shard[i] >= shard_count(shard_dataset_manifest(t->dataset))) return fail(ERR_INPUT, "%s: state.json leaves out a shard %lld, which there is not", path, (long long)began->shard[i]);
+        back += !lists(missing, began->shard[i]);
+    }
+    printf("resume    %lld shards are there again that were missing when the run began; it goes on without them\n", (long long)back);
+    shard_dataset_leave_out(t->dataset, began->shard, began->n);
+    return open_rows(t);
+}
+
 /* Position of the data, weights and moments of the newest checkpoint, or a fresh start. */
 static int start_or_resume(struct trainer *t)
 {
     const struct config *c = t->c;
     int rc = OK;
     char *path = NULL;
+    struct shard_list missing = {0};
     TRY(checkpoint_find(c->run_dir, &path));
     if (path && !c->run_resume) {
         rc = fail(ERR_USAGE, "%s already holds a run (%s); go on with --resume, or choose another run.dir", c->run_dir, path);
@@ -182,6 +241,8 @@ static int start_or_resume(struct trainer *t)
         t->state.seed = c->run_seed;
         goto out;
     }
+    missing = t->state.left_out;
+    t->state.left_out = (struct shard_list){0};
     TRY(checkpoint_load(path, t->model, t->optimizer, &t->state));
     if (strcmp(t->state.data_id, t->data_id)) {
         rc = fail(ERR_MISMATCH, "%s was trained on data %.16s, this run's data is %.16s: resume with the same shards or corpus, or start another run.dir", path, t->state.data_id, t->data_id);
@@ -195,10 +256,13 @@ static int start_or_resume(struct trainer *t)
         rc = fail(ERR_USAGE, "%s is beyond the %lld steps that this configuration asks for (train.steps, train.epochs): ask for more, or start another run.dir", path, (long long)t->steps);
         goto out;
     }
+    if (!strcmp(c->train_spike, "off")) spike_forget(&t->state.spike);
+    TRY(keep_left_out(t, &missing, path));
     TRY(loader_seek(t->loader, &t->state.loader));
     printf("resume    from %s\n", path);
     say_changes(c, path);
 out:
+    free(missing.shard);
     free(path);
     return rc;
 }
@@ -252,13 +316,9 @@ int trainer_open(struct trainer **out, const struct config *c, bool plan_only)
         goto out;
     }
     TRY(plan_memory(t));
-    TRY(trainer_open_loader(t, false, &t->loader));
-    int64_t rows = loader_rows_per_epoch(t->loader);
-    t->accum = (int)(c->train_batch_rows / c->train_micro_rows);
-    t->steps = c->train_steps ? c->train_steps : (int64_t)ceil(c->train_epochs * (double)rows / (double)c->train_batch_rows);
-    TRY(schedule_make(&t->schedule, c, t->steps));
+    TRY(open_rows(t));
     student_describe(t->student, c, t->model->params->parameters);
-    print_plan(t, rows);
+    print_plan(t, loader_rows_per_epoch(t->loader));
     if (!plan_only) {
         if (t->dataset && c->train_check_alignment && t->target_kind != TARGET_NONE) TRY(check_alignment(t));
         TRY(memory_commit(t->plan, (size_t)(c->memory_limit_gib * 0x1p30)));
@@ -284,6 +344,7 @@ void trainer_close(struct trainer *t)
     metrics_close(t->metrics);
     for (int i = 0; t->batch && i < t->accum; i++) batch_free(t->batch[i]);
     free(t->batch);
+    free(t->state.left_out.shard);
     loader_close(t->loader);
     optimizer_free(t->optimizer);
     objective_free(t->objective);

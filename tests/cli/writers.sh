@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
 # Several teacher-dump processes on one dataset, one of them killed; ranges for job arrays; both end in the shards of one process alone.
+# DISTILL_SHARED="A B", by hand: one directory through two mounts of a network file system, or two names of it; the writers are spread over both.
 source "$(dirname "$0")/common.sh"
 make_world
+read -r one two <<<"${DISTILL_SHARED:-. .}"
+rm -rf "$one"/many "$one"/many-heldout
 small=(--set shards.rows_per_shard=2 --set dump.batch_rows=1)
 "$distill" teacher-dump config.yaml "${small[@]}" >dump.log
 entries() { sed 's/,"prev".*//' "$1/journal.jsonl" | sort; }
@@ -14,16 +17,17 @@ same() {
 }
 
 for i in 1 2 3; do
-    "$distill" teacher-dump config.yaml "${small[@]}" --set shards.path=many >many$i.log 2>&1 &
+    [ $i = 2 ] && where=$two || where=$one
+    "$distill" teacher-dump config.yaml "${small[@]}" --set shards.path="$where/many" >many$i.log 2>&1 &
     pids[$i]=$!
 done
-for ((i = 0; i < 600; i++)); do grep -q '^many  *shard' many2.log && break; sleep 0.02; done
+for ((i = 0; i < 600; i++)); do grep -q 'many  *shard' many2.log && break; sleep 0.02; done
 kill -9 ${pids[2]}
 wait ${pids[2]} 2>/dev/null || true
 for i in 1 3; do wait ${pids[$i]} || fail "writer $i: $(tail -1 many$i.log)"; done
-"$distill" teacher-dump config.yaml "${small[@]}" --set shards.path=many >again.log || fail "after three writers: $(tail -1 again.log)"
-grep -q '^many: all .* sealed' again.log || fail "the two that lived left something: $(cat again.log)"
-same many "after three writers, one killed"
+"$distill" teacher-dump config.yaml "${small[@]}" --set shards.path="$one/many" >again.log || fail "after three writers: $(tail -1 again.log)"
+grep -q 'many: all .* sealed' again.log || fail "the two that lived left something: $(cat again.log)"
+same "$one/many" "after three writers, one killed"
 
 # ranges: no journal until they are entered
 shards=$(ls logits/shards | wc -l)

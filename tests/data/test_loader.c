@@ -40,6 +40,14 @@ static int64_t take(struct shard_dataset *d, const struct corpus_rows *c, const 
     return n;
 }
 
+static int take_status(struct shard_dataset *d, const struct loader_options *o)
+{
+    struct loader *l = NULL;
+    int rc = loader_open_dataset(&l, d, o);
+    loader_close(l);
+    return rc;
+}
+
 static struct corpus_rows *corpus_of(int64_t rows, int64_t length)
 {
     struct corpus_rows *c = kept(xcalloc(1, sizeof *c));
@@ -104,6 +112,57 @@ Test(loader, batches_cross_epochs_and_cut_nothing)
         cr_assert_eq(at.epoch * 11 + at.cursor, batches * batch);
         cr_assert_lt(at.cursor, 11);
     }
+    shard_dataset_close(d);
+}
+
+/* Files that are gone: what is left comes in the order it has in the whole dataset, for every set of shards that is missing. */
+Test(loader, left_out_shards_leave_the_order_of_the_others)
+{
+    struct shard_manifest m = eleven();
+    const char *dir = dataset_new("d", &m);
+    struct shard_dataset *d = open_dataset(dir);
+    for (int shuffle = 0; shuffle < 2; shuffle++) {
+        struct loader_options o = options(1, shuffle);
+        int64_t epochs = shuffle ? 5 : 1, whole[55], n = take(d, NULL, &o, NULL, 11 * epochs, whole, NULL);
+        cr_assert_eq(n, 11 * epochs);
+        for (unsigned set = 1; set < 15; set++) {
+            int64_t want[55], got[55], wanted = 0, *missing, n_missing, stop = 4;
+            char *path[4], *away[4];
+            struct loader_state at;
+            for (int s = 0; s < 4; s++) {
+                path[s] = shard_dataset_path(d, s);
+                away[s] = xasprintf("%s.away", path[s]);
+                if (set >> s & 1) cr_assert_eq(rename(path[s], away[s]), 0);
+            }
+            struct shard_dataset *rest = open_dataset(dir);
+            FAILS(take_status(rest, &o), ERR_INPUT, "missing");
+            shard_dataset_missing(rest, &missing, &n_missing);
+            cr_assert_eq(n_missing, __builtin_popcount(set));
+            for (int64_t i = 0; i < n_missing; i++) cr_assert(set >> missing[i] & 1);
+            shard_dataset_leave_out(rest, missing, n_missing);
+            for (int64_t i = 0; i < n; i++) if (!(set >> whole[i] / 3 & 1)) want[wanted++] = whole[i];
+            cr_assert_eq(take(rest, NULL, &o, NULL, wanted, got, NULL), wanted);
+            cr_assert(!memcmp(want, got, (size_t)wanted * sizeof *want), "set %u", set);
+            if (shuffle) {                        /* and goes on in the middle */
+                if (stop > wanted) stop = wanted;
+                take(rest, NULL, &o, NULL, stop, got, &at);
+                take(rest, NULL, &o, &at, wanted - stop, got + stop, NULL);
+                cr_assert(!memcmp(want, got, (size_t)wanted * sizeof *want), "set %u, stopped after %lld", set, (long long)stop);
+            }
+            shard_dataset_leave_out(rest, NULL, 0);
+            FAILS(take_status(rest, &o), ERR_INPUT, "missing");
+            shard_dataset_close(rest);
+            free(missing);
+            for (int s = 0; s < 4; s++) {
+                if (set >> s & 1) cr_assert_eq(rename(away[s], path[s]), 0);
+                free(path[s]);
+                free(away[s]);
+            }
+        }
+    }
+    shard_dataset_leave_out(d, (const int64_t[]){0, 1, 2, 3}, 4);
+    struct loader_options o = options(1, true);
+    FAILS(take_status(d, &o), ERR_INPUT, "no shard is there");
     shard_dataset_close(d);
 }
 

@@ -351,7 +351,9 @@ Test(checkpoint, a_state_that_makes_no_sense_is_refused_by_name)
     static const char *const states[] = {
         "{", "[]", "{}", "{\"step\": 3, \"epoch\": 0}", "{\"step\": -1, \"epoch\": 0, \"cursor\": 0}", "{\"step\": 3, \"epoch\": -2, \"cursor\": 0}", "{\"step\": \"3\", \"epoch\": 0, \"cursor\": 0}",
         "{\"step\": 3.5, \"epoch\": 0, \"cursor\": 0}", "{\"step\": 3, \"epoch\": 0, \"cursor\": 0, \"seed\": 1, \"data_id\": 4}", "{\"step\": 3, \"epoch\": 0, \"cursor\": 0, \"data_id\": \"0\"}",
-        "{\"step\": 3, \"epoch\": 0, \"cursor\": 0, \"seed\": 1, \"data_id\": \"0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef0\"}"};
+        "{\"step\": 3, \"epoch\": 0, \"cursor\": 0, \"seed\": 1, \"data_id\": \"0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef0\"}",
+#define WHOLE_STATE "{\"step\": 3, \"epoch\": 0, \"cursor\": 0, \"seed\": 1, \"data_id\": \"0\", "
+        WHOLE_STATE "\"left_out\": 3}", WHOLE_STATE "\"left_out\": [3, 3]}", WHOLE_STATE "\"left_out\": [-1]}", WHOLE_STATE "\"left_out\": [\"3\"]}", WHOLE_STATE "\"spike\": {\"skipped\": 1}}"};
     struct fixture f;
     struct train_state s;
     open_fixture(&f, "qwen2", false, 5);
@@ -360,7 +362,28 @@ Test(checkpoint, a_state_that_makes_no_sense_is_refused_by_name)
         write_text(at("step-00000001/state.json"), states[i]);
         cr_expect_eq(checkpoint_load(at("step-00000001"), f.model, f.optimizer, &s), ERR_INPUT, "state %s", states[i]);
         cr_expect(strstr(fail_message(), "state.json"), "%s", fail_message());
+        if (strstr(states[i], "\"left_out\": [")) free(s.left_out.shard);
     }
+    fixture_close(&f);
+}
+
+Test(checkpoint, what_a_run_leaves_out_and_judges_by_comes_back)
+{
+    struct fixture f;
+    struct train_state s = state_of(4), back;
+    int64_t shards[] = {0, 7, 999999};
+    open_fixture(&f, "qwen2", false, 5);
+    s.left_out = (struct shard_list){shards, 3};
+    s.spike = (struct spike_state){.skipped = 5, .in_a_row = 1, .n = 2, .loss = {1.0 / 3, 2e-300}, .norm = {1e300, 0.1}};
+    cr_assert_eq(checkpoint_save(dir, f.model, f.optimizer, &s, config, NULL, 9), OK, "%s", fail_message());
+    cr_assert_eq(checkpoint_load(at("step-00000004"), f.model, f.optimizer, &back), OK, "%s", fail_message());
+    cr_assert(back.left_out.n == 3 && !memcmp(back.left_out.shard, shards, sizeof shards));
+    cr_assert(back.spike.skipped == 5 && back.spike.in_a_row == 1 && back.spike.n == 2);
+    for (int i = 0; i < 2; i++) cr_assert(back.spike.loss[i] == s.spike.loss[i] && back.spike.norm[i] == s.spike.norm[i]);
+    free(back.left_out.shard);
+    cr_assert_eq(save(&f, 5, 9), OK);
+    cr_assert_eq(checkpoint_load(at("step-00000005"), f.model, f.optimizer, &back), OK, "%s", fail_message());
+    cr_assert(back.left_out.n == 0 && !back.left_out.shard && back.spike.n == 0 && back.spike.skipped == 0);
     fixture_close(&f);
 }
 

@@ -186,6 +186,78 @@ Test(train, dump_of_full_logits_stores_them_over_the_first_temperature)
     }
 }
 
+/* Is position t of both rows the same, but for what makes it supervised? */
+static bool same_position(const struct shard_manifest *m, const struct shard_row *a, const struct shard_row *b, int t)
+{
+    size_t nT = (size_t)m->n_temperatures, k = (size_t)m->k, n = (size_t)m->draws, v = (size_t)m->valid_vocab, at = (size_t)t;
+#define SAME(field, width) (!a->field || !memcmp(a->field + at * (width), b->field + at * (width), (width) * sizeof *a->field))
+    return SAME(lse, nT) && SAME(tail, nT) && SAME(entropy, (size_t)1) && SAME(label_logprob, (size_t)1) && SAME(head_ids, k) && SAME(head_logprob, k) && SAME(draw_ids, n) && SAME(draw_count, n) &&
+           SAME(draw_logprob, n) && SAME(logits, v);
+#undef SAME
+}
+
+static bool document_has(const struct shard_row *row, int t, uint32_t token)
+{
+    bool has = false;
+    for (int i = 0; i < LENGTH; i++) has |= row->document[i] == row->document[t] && row->tokens[i] == token;
+    return has;
+}
+
+/* A teacher with NaN in the embedding of one token: whatever follows that token in its document has no finite logits (nor what is before it, where attention
+ * multiplies the NaN by its weight of 0), and every other document is what the whole teacher says. The dump stops, or with --quarantine sets these positions aside. */
+Test(train, positions_without_finite_logits_are_set_aside_when_asked)
+{
+    const uint32_t sick = philox4x32(2, 2, 1).v[0] % V;      /* the second token of the third document */
+    struct train_state state = {.step = 1, .data_id = "0"};
+    struct config *c = config_new();
+    float *embedding = (float *)teacher.model->weights + teacher.model->params->embed->offset + sick * 24, kept = embedding[3];
+    embedding[3] = NAN;
+    cr_assert_eq(checkpoint_save(in_dir("sick"), teacher.model, teacher.optimizer, &state, c, NULL, 1), OK, "%s", fail_message());
+    embedding[3] = kept;
+    config_free(c);
+    cr_assert(sick != 0, "padding would be sick, too");
+    for (int kind = 0; kind < SHARD_KIND_COUNT; kind++) {
+        const char *name = shard_kind_name((enum shard_kind)kind), *temperatures = kind == SHARD_SAMPLED ? "shards.temperatures=[1.0]" : "shards.temperatures=[1.0, 2.0, 0.5]";
+        char whole_name[32], sick_name[32], shards_kind[32];
+        snprintf(whole_name, sizeof whole_name, "whole-%s", name);
+        snprintf(sick_name, sizeof sick_name, "sick-%s", name);
+        snprintf(shards_kind, sizeof shards_kind, "shards.kind=%s", name);
+        char *whole = setting("shards.path", in_dir(whole_name)), *other = setting("shards.path", in_dir(sick_name)), *path = setting("teacher.path", in_dir("sick/checkpoints/step-00000001"));
+        cr_assert_eq(command(command_teacher_dump, "teacher-dump", (const char *const[]){whole, shards_kind, temperatures, NULL}), OK, "%s", fail_message());
+        cr_assert_eq(command(command_teacher_dump, "teacher-dump", (const char *const[]){other, shards_kind, temperatures, path, NULL}), ERR_NUMERIC, "%s", fail_message());
+        char *argv[] = {(char *)"teacher-dump", in_dir("config.yaml"), (char *)"--quarantine", (char *)"--set", other, (char *)"--set", shards_kind, (char *)"--set", (char *)temperatures, (char *)"--set", path};
+        cr_assert_eq(command_teacher_dump(sizeof argv / sizeof *argv, argv), OK, "%s", fail_message());
+        struct shard_dataset *d, *e;
+        struct shard_row a, b;
+        cr_assert(shard_dataset_open(&d, in_dir(whole_name)) == OK && shard_dataset_open(&e, in_dir(sick_name)) == OK, "%s", fail_message());
+        cr_assert_eq(shard_dataset_verify(e), OK, "%s", fail_message());
+        const struct shard_manifest *m = shard_dataset_manifest(d);
+        shard_row_alloc(&a, m);
+        shard_row_alloc(&b, m);
+        int64_t aside = 0, targets = 0;
+        for (int64_t r = 0; r < m->rows; r++) {
+            cr_assert(shard_dataset_read(d, r, &a) == OK && shard_dataset_read(e, r, &b) == OK, "%s", fail_message());
+            bool met = false;
+            for (int t = 0; t < LENGTH; t++) {
+                if (t && a.document[t] != a.document[t - 1]) met = false;
+                met |= a.tokens[t] == sick;
+                cr_assert(b.tokens[t] == a.tokens[t] && b.document[t] == a.document[t]);
+                bool same = same_position(m, &a, &b, t) && a.loss_mask[t] == b.loss_mask[t], blank = b.lse[t * m->n_temperatures] == 0 && b.entropy[t] == 0 && b.label_logprob[t] == 0 && !b.loss_mask[t];
+                if (!document_has(&a, t, sick)) cr_assert(same, "%s: row %lld, position %d is not what the whole teacher says", name, (long long)r, t);
+                else cr_assert(blank || (same && !met), "%s: row %lld, position %d is learnt", name, (long long)r, t);
+                aside += blank;
+                targets += blank && a.loss_mask[t];
+            }
+        }
+        cr_assert(aside > 5 && targets > 3 && aside < m->rows * LENGTH / 2, "%lld set aside", (long long)aside);
+        shard_row_free(&a);
+        shard_row_free(&b);
+        shard_dataset_close(d);
+        shard_dataset_close(e);
+        free(whole); free(other); free(path);
+    }
+}
+
 /* ---- train ---- */
 
 /* "tag": value of the first line of a run's metrics */
