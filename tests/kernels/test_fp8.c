@@ -399,7 +399,7 @@ static void products_against_definition(struct rig *r, const struct product_case
             double folded = number(nearest(number(f.hdy.q[n * c->O + o]) * ((double)f.hdy.scale[n] * (double)f.hx.scale[n] / one)));
             dbias[o] += g[n * c->O + o];
             for (int64_t k = 0; k < c->C; k++) {
-                double other = number(f.hx.q[n * c->C + k]);
+                double other = x[n * c->C + k] / (double)f.hx.scale[n];
                 dw[o * c->C + k] += folded * one * other;
                 exact[o * c->C + k] += g[n * c->O + o] * x[n * c->C + k];
                 slack[o * c->C + k] += 0x1p-10 * one * fabs(other);
