@@ -1,6 +1,7 @@
 /* distill bench kernels: how fast every op is at the shapes of a configuration, against the seam, so that it runs on any device. Ops that move memory stand beside
- * the device's own copy bandwidth, products and attention beside the rate of its products, both measured first, in the same run; products in fp8 beside a large square one. Data is normal with the scale of
- * trained models, never zeros, outputs included; arguments that would fit a cache exist several times and take turns. */
+ * the device's own copy bandwidth, products and attention beside the rate of its products, both measured first, in the same run; products in fp8 beside a large
+ * square one in fp8. Data is normal with the scale of trained models, never zeros, outputs included; arguments that would fit a cache exist several times and take
+ * turns. */
 #include <math.h>
 #include <string.h>
 

@@ -311,8 +311,8 @@ Test(cpu, weights)
  * CPU's bits */
 struct product_case { int64_t N, C, O; bool bias, published, whole; };
 static const struct product_case product_cases[] = {
-    {1, 16, 16, false, false, true}, {48, 64, 32, false, false, true}, {37, 144, 80, false, false, true}, {64, 48, 272, false, false, true}, {1, 32, 48, true, false, false}, {16, 16, 16, false, false, false},
-    {33, 64, 80, true, true, false}, {129, 272, 144, true, false, false}, {200, 512, 384, false, true, false}, {300, 128, 640, true, false, false}};
+    {1, 16, 16, false, false, true}, {48, 64, 32, false, false, true}, {37, 144, 80, false, false, true}, {64, 48, 272, false, false, true}, {1, 32, 48, true, false, false},
+    {16, 16, 16, false, false, false}, {33, 64, 80, true, true, false}, {129, 272, 144, true, false, false}, {200, 512, 384, false, true, false}, {300, 128, 640, true, false, false}};
 static const struct product_case ragged_products[] = {{1, 1, 1, true, false, false}, {7, 5, 11, true, true, false}, {33, 63, 65, false, false, false}, {5, 200, 517, true, false, false}};
 
 static const char *product_name(const void *c_)
