@@ -34,6 +34,19 @@ char *json_canonical(const json_t *value)
     return json_dumps(value, JSON_COMPACT | JSON_SORT_KEYS | JSON_ENCODE_ANY);
 }
 
+bool json_says_nothing(const json_t *value)
+{
+    return json_is_null(value) || json_is_false(value) || (json_is_object(value) && !json_object_size(value)) || (json_is_array(value) && !json_array_size(value));
+}
+
+const char *json_shown(const json_t *value, char text[80])
+{
+    char *s = json_dumps(value, JSON_ENCODE_ANY | JSON_COMPACT | JSON_ENSURE_ASCII);
+    snprintf(text, 80, strlen(s) < 80 ? "%s" : "%.76s...", s);
+    free(s);
+    return text;
+}
+
 int json_write_file(const char *path, const json_t *value)
 {
     /* 15 digits keep what a person wrote (1e-06, not 9.9999999999999995e-07); 17 when a number needs them */

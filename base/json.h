@@ -13,6 +13,10 @@ int json_read_file(const char *path, size_t max_bytes, json_t **root);
 int json_read_text(const char *text, size_t bytes, const char *name, json_t **root);
 /* One line without spaces, keys sorted: the canonical form used for hashes. malloc'd. */
 char *json_canonical(const json_t *value);
+/* null, false or empty: a key with such a value asks for nothing. */
+bool json_says_nothing(const json_t *value);
+/* The value as a file has it, cut to fit a message; returns `text`. */
+const char *json_shown(const json_t *value, char text[80]);
 /* Pretty-printed with 2 spaces and a final newline, written with file_replace(). */
 int json_write_file(const char *path, const json_t *value);
 

@@ -1,4 +1,4 @@
-/* config.json to struct model_config and back, and what follows from it: parameters, FLOPs, identity. Rope: rope_config.c.
+/* config.json to struct model_config and back, and what follows from it: parameters, FLOPs, identity. Rope: rope_config.c. Quantised weights: quantization.c.
  *
  * Whitelist: `rules` lists every key that is read, is known to be harmless, or has one value that leaves the model alone. Any
  * other key must be null, false or empty, else the file is refused by that key's name: a model that would be computed wrongly
@@ -36,6 +36,7 @@ static const struct rule { const char *key; enum rule_kind kind; unsigned famili
     {"pad_token_id", READ, ALL, 0, NULL}, {"layer_types", READ, ALL, 0, NULL}, {"attention_bias", READ, LLAMA | QWEN3, 0, NULL},
     {"mlp_bias", READ, LLAMA, 0, NULL}, {"sliding_window", READ, QWEN2 | QWEN3 | MISTRAL, 0, NULL},
     {"use_sliding_window", READ, QWEN2 | QWEN3 | MISTRAL, 0, NULL}, {"max_window_layers", READ, QWEN2 | QWEN3, 0, NULL},
+    {"quantization_config", READ, ALL, 0, NULL},
 
     {"pretraining_tp", EQUALS, ALL, 1, "sums over slices of a layer are not implemented"},
     {"attention_dropout", EQUALS, ALL, 0, "dropout is not implemented"}, {"hidden_dropout", EQUALS, ALL, 0, "dropout is not implemented"},
@@ -45,7 +46,6 @@ static const struct rule { const char *key; enum rule_kind kind; unsigned famili
     {"logit_scale", EQUALS, ALL, 1, "multipliers are not implemented"}, {"chunk_size_feed_forward", EQUALS, ALL, 0,
         "chunked layers are not implemented"},
 
-    {"quantization_config", REFUSED, ALL, 0, "the weights are quantised; use the checkpoint in bf16, f16 or f32"},
     {"compression_config", REFUSED, ALL, 0, "the weights are compressed; use the checkpoint in bf16, f16 or f32"},
     {"auto_map", REFUSED, ALL, 0, "it names code that replaces the model; remove it if the architecture is the plain one"},
     {"attn_logit_softcapping", REFUSED, ALL, 0, "soft-capping is not implemented"},
@@ -83,20 +83,6 @@ static bool is_given(const json_t *v) { return v && !json_is_null(v); }
 
 /* ---- reading ---- */
 
-static bool says_nothing(const json_t *v)
-{
-    return json_is_null(v) || json_is_false(v) || (json_is_object(v) && !json_object_size(v)) || (json_is_array(v) && !json_array_size(v));
-}
-
-/* `value` as the file has it, cut to fit a message */
-static const char *shown(const json_t *value, char text[80])
-{
-    char *s = json_dumps(value, JSON_ENCODE_ANY | JSON_COMPACT | JSON_ENSURE_ASCII);
-    snprintf(text, 80, strlen(s) < 80 ? "%s" : "%.76s...", s);
-    free(s);
-    return text;
-}
-
 static int check_keys(const json_t *o, enum architecture arch, const char *name)
 {
     const char *key;
@@ -106,12 +92,12 @@ static int check_keys(const json_t *o, enum architecture arch, const char *name)
         const struct rule *r = NULL;
         for (size_t i = 0; i < sizeof rules / sizeof *rules && !r; i++)
             if (!strcmp(rules[i].key, key) && rules[i].families >> arch & 1) r = &rules[i];
-        if ((r && (r->kind == HARMLESS || r->kind == READ)) || says_nothing(v)) continue;
+        if ((r && (r->kind == HARMLESS || r->kind == READ)) || json_says_nothing(v)) continue;
         if (!r)
             return fail(ERR_INPUT, "%s: key \"%.100s\" is %s: %s does not have it; remove it if it does not change the model", name, key,
-                        shown(v, text), architectures[arch].name);
+                        json_shown(v, text), architectures[arch].name);
         if (r->kind == EQUALS && json_is_number(v) && json_number_value(v) == r->value) continue;
-        return fail(ERR_INPUT, "%s: key \"%s\" is %s: %s", name, key, shown(v, text), r->why);
+        return fail(ERR_INPUT, "%s: key \"%s\" is %s: %s", name, key, json_shown(v, text), r->why);
     }
     return OK;
 }
@@ -126,7 +112,7 @@ static int get_int(const json_t *o, const char *key, const char *name, int64_t f
     double real = json_number_value(v);
     if (json_is_integer(v)) *value = json_integer_value(v);
     else if (json_is_real(v) && fabs(real) < 0x1p53 && real == floor(real)) *value = (int64_t)real;
-    else return fail(ERR_INPUT, "%s: key \"%s\" is %s, not an integer", name, key, shown(v, text));
+    else return fail(ERR_INPUT, "%s: key \"%s\" is %s, not an integer", name, key, json_shown(v, text));
     if (*value < low || *value > high)
         return fail(ERR_INPUT, "%s: key \"%s\" is %lld, it must be from %lld to %lld", name, key, (long long)*value, (long long)low, (long long)high);
     return OK;
@@ -138,7 +124,7 @@ static int get_double(const json_t *o, const char *key, const char *name, double
     char text[80];
     *value = fallback;
     if (!is_given(v)) return OK;
-    if (!json_is_number(v)) return fail(ERR_INPUT, "%s: key \"%s\" is %s, not a number", name, key, shown(v, text));
+    if (!json_is_number(v)) return fail(ERR_INPUT, "%s: key \"%s\" is %s, not a number", name, key, json_shown(v, text));
     *value = json_number_value(v);
     if (!(*value >= low && *value <= high)) return fail(ERR_INPUT, "%s: key \"%s\" is %g, it must be from %g to %g", name, key, *value, low, high);
     return OK;
@@ -154,13 +140,13 @@ static int get_architecture(const json_t *o, const char *name, enum architecture
             if (json_array_size(list) == 1 && json_is_string(v) && !strcmp(json_string_value(v), architectures[i].name)) found = i;
         if (found < 0)
             return fail(ERR_INPUT, "%s: architectures is %s; Qwen2ForCausalLM, LlamaForCausalLM, MistralForCausalLM and Qwen3ForCausalLM "
-                        "are implemented", name, shown(list, text));
+                        "are implemented", name, json_shown(list, text));
     }
     if (is_given(type)) {
         int by_type = -1;
         for (int i = 0; i < ARCH_COUNT; i++)
             if (json_is_string(type) && !strcmp(json_string_value(type), architectures[i].type)) by_type = i;
-        if (by_type < 0) return fail(ERR_INPUT, "%s: model_type is %s; qwen2, llama, mistral and qwen3 are implemented", name, shown(type, text));
+        if (by_type < 0) return fail(ERR_INPUT, "%s: model_type is %s; qwen2, llama, mistral and qwen3 are implemented", name, json_shown(type, text));
         if (found >= 0 && found != by_type)
             return fail(ERR_INPUT, "%s: model_type is \"%s\" but architectures is \"%s\"; keep the right one", name,
                         architectures[by_type].type, architectures[found].name);
@@ -248,7 +234,7 @@ static int get_window(struct model_config *c, const json_t *o, const char *name)
             char text[80];
             bool slides = json_is_string(t) && !strcmp(json_string_value(t), "sliding_attention");
             if (!slides && !(json_is_string(t) && !strcmp(json_string_value(t), "full_attention"))) {
-                rc = fail(ERR_INPUT, "%s: layer_types[%d] is %s; full_attention and sliding_attention are implemented", name, i, shown(t, text));
+                rc = fail(ERR_INPUT, "%s: layer_types[%d] is %s; full_attention and sliding_attention are implemented", name, i, json_shown(t, text));
                 goto out;
             }
             if ((slides && !window) || (!qwen && slides != c->layer_slides[i])) {
@@ -326,6 +312,7 @@ int model_config_from_json(struct model_config **out, json_t *json, const char *
     TRY(rope_config_read(&c->rope, json, c->arch, c->max_position, name));
     TRY(get_window(c, json, name));
     TRY(get_token_ids(c, json, name));
+    TRY(quantization_read(&c->quantization, json, name));
     *out = c;
     c = NULL;
 out:
@@ -395,6 +382,7 @@ json_t *model_config_to_json(const struct model_config *c, const char *dtype)
 {
     json_t *o = c->json ? json_deep_copy(c->json) : json_object();
     json_object_del(o, "_name_or_path");   /* the model this one was made from */
+    json_object_del(o, "quantization_config");   /* what is written is written dequantised */
     json_object_set_new(o, "architectures", json_pack("[s]", architectures[c->arch].name));
     json_object_set_new(o, "model_type", json_string(architectures[c->arch].type));
     set_int(o, "vocab_size", c->vocab_size);

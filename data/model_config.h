@@ -1,6 +1,6 @@
 /* config.json of a Llama-style decoder, as Hugging Face publishes it: Qwen2ForCausalLM, LlamaForCausalLM, MistralForCausalLM,
  * Qwen3ForCausalLM. Whitelist policy: every key that changes the maths is read; a key that would and is not implemented
- * (quantization_config, logit soft-capping, dynamic rope, ...) is refused by name; unknown keys with a non-default value too.
+ * (logit soft-capping, dynamic rope, weights in 4 bits, ...) is refused by name; unknown keys with a non-default value too.
  */
 #ifndef DATA_MODEL_CONFIG_H
 #define DATA_MODEL_CONFIG_H
@@ -8,6 +8,8 @@
 #include <jansson.h>
 #include <stdbool.h>
 #include <stdint.h>
+
+#include "data/quantization.h"
 
 enum architecture { ARCH_QWEN2, ARCH_LLAMA, ARCH_MISTRAL, ARCH_QWEN3, ARCH_COUNT };
 enum rope_type { ROPE_DEFAULT, ROPE_LINEAR, ROPE_LLAMA3, ROPE_YARN };
@@ -39,6 +41,7 @@ struct model_config {
     int64_t max_position;
     int64_t sliding_window;               /* 0: none. Tokens i-window+1 .. i are seen */
     bool   *layer_slides;                 /* [n_layers], NULL when no layer does */
+    struct quantization quantization;     /* how the weights beside it are stored; no part of the model itself: neither hashed nor written */
     double  initializer_range;
     int32_t bos, eos[8], pad;             /* -1 absent; eos list ends at -1 */
     json_t *json;                         /* the file as read: exports start from it */
@@ -50,7 +53,7 @@ int  model_config_read(struct model_config **out, const char *path);
 int  model_config_from_json(struct model_config **out, json_t *json, const char *name);
 void model_config_free(struct model_config *c);         /* NULL-safe */
 /* config.json for these dimensions: `c->json` with the keys of the struct set to it (layers, layer_types, torch_dtype = dtype,
- * "float32", "bfloat16", "float16"); rope is written in both spellings so that transformers 4 and 5 and llama.cpp read the same. New reference. */
+ * "float32", "bfloat16", "float16") and without quantization_config; rope is written in both spellings so that transformers 4 and 5 and llama.cpp read the same. New reference. */
 json_t *model_config_to_json(const struct model_config *c, const char *dtype);
 const char *architecture_name(enum architecture a);     /* "Qwen2ForCausalLM" */
 

@@ -1,4 +1,5 @@
-/* Reading safetensors: the header checks, the index of a sharded model, conversion to float. Writing: safetensors_write.c.
+/* Reading safetensors: the header checks, the index of a sharded model, conversion to float. Scales of F8_E4M3: tensor_scale.c.
+ * Writing: safetensors_write.c.
  *
  *     u64 N (little endian) | N bytes of JSON | data
  *     {"__metadata__": {string: string}, NAME: {"dtype": "BF16", "shape": [..], "data_offsets": [begin, end]}, ...}
@@ -25,6 +26,7 @@
 #include "base/half.h"
 #include "base/hash.h"
 #include "base/json.h"
+#include "data/safetensors_internal.h"
 
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "tensors are used in place, as the little-endian bytes of the file");
 
@@ -33,15 +35,6 @@ enum {
     MAX_DESCRIPTION = 1 << 16,       /* text of one tensor; a full one with 8 dimensions is under 300 bytes */
     MAX_NESTING = 64,
     MAX_INDEX = 1 << 26
-};
-
-struct entry { struct tensor_view view; uint64_t begin, end; };
-struct mapped_file { char *path; void *map; size_t bytes; };
-struct tensor_set {
-    struct entry *entries;
-    int n, room;
-    struct mapped_file *files;
-    int n_files;
 };
 
 static const struct { const char *name; size_t bytes; } dtypes[DTYPE_COUNT] = {
@@ -53,9 +46,8 @@ static const struct { const char *name; size_t bytes; } dtypes[DTYPE_COUNT] = {
 size_t dtype_bytes(enum dtype d) { return dtypes[d].bytes; }
 const char *dtype_name(enum dtype d) { return dtypes[d].name; }
 
-/* Text from a file, fit for a message on a terminal: control characters (those of U+0080 to U+009F are C2 80 to C2 9F)
- * replaced, long text cut. Two may be in use at once. */
-static const char *shown(const char *name)
+/* Control characters (those of U+0080 to U+009F are C2 80 to C2 9F) are replaced, long text is cut. */
+const char *tensor_name_shown(const char *name)
 {
     static _Thread_local char text[2][200];
     static _Thread_local int turn;
@@ -165,7 +157,7 @@ static int parse_span(const struct members *m, struct span s, json_t **value)
     *value = json_loadb(s.p, s.n, JSON_REJECT_DUPLICATES | JSON_DECODE_ANY, &e);
     if (*value) return OK;
     return fail(ERR_INPUT, "%s: the header is not valid JSON at byte %zu: %s; the file is damaged or not safetensors", m->path,
-                (size_t)(s.p - m->start) + (size_t)(e.position > 0 ? e.position : 0), shown(e.text));
+                (size_t)(s.p - m->start) + (size_t)(e.position > 0 ? e.position : 0), tensor_name_shown(e.text));
 }
 
 static int parse_string(const struct members *m, struct span s, char **text)
@@ -198,7 +190,7 @@ static int check_metadata(struct span text, const char *path)
         TRY(parse_string(&m, key, &keys[n]));
         n++;
         if (!value.n || *value.p != '"') {
-            rc = fail(ERR_INPUT, "%s: __metadata__ in the header: the value of \"%s\" is not a string", path, shown(keys[n - 1]));
+            rc = fail(ERR_INPUT, "%s: __metadata__ in the header: the value of \"%s\" is not a string", path, tensor_name_shown(keys[n - 1]));
             goto out;
         }
         TRY(parse_string(&m, value, &s));
@@ -208,7 +200,7 @@ static int check_metadata(struct span text, const char *path)
     if (n) qsort(keys, (size_t)n, sizeof *keys, by_string);
     for (int i = 1; i < n; i++)
         if (!strcmp(keys[i - 1], keys[i])) {
-            rc = fail(ERR_INPUT, "%s: __metadata__ in the header has the key \"%s\" twice", path, shown(keys[i]));
+            rc = fail(ERR_INPUT, "%s: __metadata__ in the header has the key \"%s\" twice", path, tensor_name_shown(keys[i]));
             goto out;
         }
 out:
@@ -223,7 +215,7 @@ static bool is_size(const json_t *v) { return json_is_integer(v) && json_integer
 static int parse_tensor(struct entry *e, const struct members *m, struct span text)
 {
     struct tensor_view *v = &e->view;
-    const char *path = m->path, *name = shown(v->name);
+    const char *path = m->path, *name = tensor_name_shown(v->name);
     json_t *o = NULL;
     int rc = OK;
     if (text.n > MAX_DESCRIPTION) return fail(ERR_INPUT, "%s: tensor %s: its description in the header is %zu bytes long", path, name, text.n);
@@ -241,7 +233,7 @@ static int parse_tensor(struct entry *e, const struct members *m, struct span te
     while (d < DTYPE_COUNT && strcmp(json_string_value(dtype), dtypes[d].name)) d++;
     if (d == DTYPE_COUNT) {
         rc = fail(ERR_INPUT, "%s: tensor %s: dtype %s is not supported; convert the weights to F32, F16 or BF16", path, name,
-                  shown(json_string_value(dtype)));
+                  tensor_name_shown(json_string_value(dtype)));
         goto out;
     }
     v->dtype = (enum dtype)d;
@@ -343,13 +335,13 @@ static int read_header(struct tensor_set *s, int file)
         struct entry *e = &s->entries[i];
         if (e->begin != at) {
             rc = fail(ERR_INPUT, "%s: tensor %s: begins at byte %llu of the data where %llu was expected: the file has a hole or an overlap", f->path,
-                      shown(e->view.name), (unsigned long long)e->begin, (unsigned long long)at);
+                      tensor_name_shown(e->view.name), (unsigned long long)e->begin, (unsigned long long)at);
             goto out;
         }
         at = e->end;
         if (at > data_bytes) {
             rc = fail(ERR_INPUT, "%s: tensor %s: ends at byte %llu of the data, the file holds %llu; download or copy it again", f->path,
-                      shown(e->view.name), (unsigned long long)at, (unsigned long long)data_bytes);
+                      tensor_name_shown(e->view.name), (unsigned long long)at, (unsigned long long)data_bytes);
             goto out;
         }
         e->view.data = map + 8 + n + e->begin;
@@ -366,7 +358,7 @@ static int add_file(struct tensor_set *s, int fd, char *path)
     struct stat st;
     int rc = OK, file = s->n_files;
     s->files = xrealloc(s->files, (size_t)(file + 1) * sizeof *s->files);
-    s->files[file] = (struct mapped_file){path, NULL, 0};
+    s->files[file] = (struct mapped_file){path, fd, NULL, 0};
     s->n_files++;
     if (fstat(fd, &st)) { rc = fail_errno(ERR_IO, "%s: cannot stat", path); goto out; }
     if (!S_ISREG(st.st_mode)) { rc = fail(ERR_INPUT, "%s: is not a regular file", path); goto out; }
@@ -378,7 +370,6 @@ static int add_file(struct tensor_set *s, int fd, char *path)
     }
     TRY(read_header(s, file));
 out:
-    close(fd);
     return rc;
 }
 
@@ -458,15 +449,15 @@ static int check_index(const struct tensor_set *s, const json_t *index, const js
         const struct tensor_view *v = &s->entries[i].view;
         const char *file = strrchr(s->files[v->file].path, '/') + 1, *want = json_string_value(json_object_get(weight_map, v->name));
         if (!want)
-            return fail(ERR_INPUT, "%s: tensor %s of %s is not in the index; files of two models may be mixed here", path, shown(v->name), file);
-        if (strcmp(want, file)) return fail(ERR_INPUT, "%s: tensor %s is in %s, the index says %s", path, shown(v->name), file, want);
+            return fail(ERR_INPUT, "%s: tensor %s of %s is not in the index; files of two models may be mixed here", path, tensor_name_shown(v->name), file);
+        if (strcmp(want, file)) return fail(ERR_INPUT, "%s: tensor %s is in %s, the index says %s", path, tensor_name_shown(v->name), file, want);
         total += (int64_t)v->bytes;
     }
     const char *name;
     json_t *value;
     json_object_foreach((json_t *)weight_map, name, value)
         if (!tensor_set_find(s, name)) return fail(ERR_INPUT, "%s: tensor %s is not in %s, where the index puts it; download that file again", path,
-                                                   shown(name), json_string_value(value));
+                                                   tensor_name_shown(name), json_string_value(value));
     const json_t *stated = json_object_get(json_object_get(index, "metadata"), "total_size");
     bool agrees = json_is_integer(stated) ? json_integer_value(stated) == total : json_is_real(stated) && json_real_value(stated) == (double)total;
     if (stated && !json_is_null(stated) && !agrees)
@@ -492,8 +483,8 @@ static int open_sharded(struct tensor_set *s, int dirfd, const char *dir, int in
     json_object_foreach(weight_map, name, value) {
         const char *file = json_string_value(value);
         if (!file || !is_plain_name(file)) {
-            rc = fail(ERR_INPUT, "%s: tensor %s: \"%s\" is not a plain name of a .safetensors file in this directory", path, shown(name),
-                      file ? shown(file) : "(not a string)");
+            rc = fail(ERR_INPUT, "%s: tensor %s: \"%s\" is not a plain name of a .safetensors file in this directory", path, tensor_name_shown(name),
+                      file ? tensor_name_shown(file) : "(not a string)");
             goto out;
         }
         files[n++] = file;
@@ -548,7 +539,7 @@ int tensor_set_open(struct tensor_set **out, const char *path)
     for (int i = 1; i < s->n; i++) {
         const struct tensor_view *a = &s->entries[i - 1].view, *b = &s->entries[i].view;
         if (!strcmp(a->name, b->name)) {
-            rc = fail(ERR_INPUT, "%s: tensor %s appears twice, there and in %s", s->files[b->file].path, shown(b->name), s->files[a->file].path);
+            rc = fail(ERR_INPUT, "%s: tensor %s appears twice, there and in %s", s->files[b->file].path, tensor_name_shown(b->name), s->files[a->file].path);
             goto out;
         }
     }
@@ -566,8 +557,11 @@ void tensor_set_close(struct tensor_set *s)
     for (int i = 0; i < s->n; i++) free((char *)s->entries[i].view.name);
     for (int i = 0; i < s->n_files; i++) {
         if (s->files[i].map) munmap(s->files[i].map, s->files[i].bytes);
+        close(s->files[i].fd);
         free(s->files[i].path);
     }
+    for (int i = 0; i < s->n_scales; i++) free(s->scales[i].value);
+    free(s->scales);
     free(s->entries);
     free(s->files);
     free(s);
@@ -601,6 +595,14 @@ void tensor_set_hash(const struct tensor_set *s, char hex[65])
     sha256_hex(h, hex);
 }
 
+int tensor_read(const struct tensor_set *s, const struct tensor_view *t, int64_t first, int64_t count, void *out)
+{
+    const struct mapped_file *f = &s->files[t->file];
+    size_t width = dtype_bytes(t->dtype);
+    CHECK(first >= 0 && count >= 0 && first <= t->count && count <= t->count - first, "tensor %s has %lld elements", t->name, (long long)t->count);
+    return file_pread(f->fd, out, (size_t)count * width, (const char *)t->data - (const char *)f->map + first * (int64_t)width, f->path);
+}
+
 /* ---- conversion ---- */
 
 static void f16_block(float *out, const char *in, int64_t n)
@@ -629,8 +631,10 @@ int tensor_to_float(const struct tensor_view *t, int64_t first, int64_t count, f
 {
     enum { BLOCK = 1 << 18 };   /* elements a thread takes at once: page faults on the mapping are shared out too */
     CHECK(first >= 0 && count >= 0 && first <= t->count && count <= t->count - first, "tensor %s has %lld elements", t->name, (long long)t->count);
-    if (t->dtype != DTYPE_F32 && t->dtype != DTYPE_F16 && t->dtype != DTYPE_BF16)
-        return fail(ERR_INPUT, "tensor %s: dtype %s is not a weight format; convert it to F32, F16 or BF16", shown(t->name), dtype_name(t->dtype));
+    if (t->dtype == DTYPE_F8_E4M3 && !t->scale)
+        return fail(ERR_INPUT, "tensor %s: dtype F8_E4M3 without a scale; its numbers are not the weights", tensor_name_shown(t->name));
+    if (t->dtype != DTYPE_F32 && t->dtype != DTYPE_F16 && t->dtype != DTYPE_BF16 && t->dtype != DTYPE_F8_E4M3)
+        return fail(ERR_INPUT, "tensor %s: dtype %s is not a weight format; convert it to F32, F16 or BF16", tensor_name_shown(t->name), dtype_name(t->dtype));
     const char *in = (const char *)t->data + (size_t)first * dtype_bytes(t->dtype);
     int64_t blocks = (count + BLOCK - 1) / BLOCK;
 #pragma omp parallel for schedule(static) if (blocks > 1)
@@ -638,6 +642,7 @@ int tensor_to_float(const struct tensor_view *t, int64_t first, int64_t count, f
         int64_t at = b * BLOCK, n = count - at < BLOCK ? count - at : BLOCK;
         if (t->dtype == DTYPE_F32) memcpy(out + at, in + 4 * at, 4 * (size_t)n);
         else if (t->dtype == DTYPE_F16) f16_block(out + at, in + 2 * at, n);
+        else if (t->dtype == DTYPE_F8_E4M3) tensor_scaled_block(t, first + at, n, out + at);
         else bf16_block(out + at, in + 2 * at, n);
     }
     return OK;

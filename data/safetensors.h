@@ -9,15 +9,26 @@
 #ifndef DATA_SAFETENSORS_H
 #define DATA_SAFETENSORS_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
 #include "base/dtype.h"
+#include "data/quantization.h"
 
 size_t dtype_bytes(enum dtype d);
 const char *dtype_name(enum dtype d);             /* as safetensors spells it: "F32", "BF16", ... */
 
 enum { TENSOR_MAX_DIMS = 8 };
+
+/* What the numbers of an F8_E4M3 matrix are multiplied by: element (r, c) by value[r / block_rows * across + c / block_cols]. SCALE_TENSOR is one block,
+ * SCALE_ROW are blocks of one row; the last block may be partial. */
+struct tensor_scale {
+    enum scale_kind kind;
+    int64_t block_rows, block_cols, across;
+    float *value;                                 /* positive and finite, converted from F32, F16 or BF16: exactly */
+    int64_t count;
+};
 
 struct tensor_view {
     const char *name;                             /* owned by the set */
@@ -28,6 +39,8 @@ struct tensor_view {
     const void *data;                             /* in the mapping, little endian, possibly unaligned */
     size_t bytes;
     int file;                                     /* index into files of the set */
+    const struct tensor_scale *scale;             /* after tensor_set_bind_scales(); NULL: none. Owned by the set */
+    bool is_scale;                                /* it scales another tensor, activations or a kv cache: no weight of its own */
 };
 
 struct tensor_set;                                /* sorted by name */
@@ -45,8 +58,21 @@ const char *tensor_set_file_path(const struct tensor_set *s, int file);
 /* SHA-256 over (name, dtype, shape, bytes) of every tensor in name order: the identity of the weights, however they are
  * sharded. Reads everything once. */
 void tensor_set_hash(const struct tensor_set *s, char hex[65]);
-/* `count` elements from element `first` on, converted to float (exact for F32, F16, BF16; other dtypes are ERR_INPUT by name). */
+/* `count` elements from element `first` on as they lie in the file, read from it rather than through the mapping: large reads keep a disk busy where page faults do
+ * not, and a file that was cut since it was opened is an error (ERR_INPUT) and no signal. */
+int tensor_read(const struct tensor_set *s, const struct tensor_view *t, int64_t first, int64_t count, void *out);
+/* `count` elements from element `first` on, converted to float: F32, F16, BF16 exactly, F8_E4M3 that has scales as the float next to number times scale;
+ * other dtypes, and F8_E4M3 without, are ERR_INPUT by name. */
 int tensor_to_float(const struct tensor_view *t, int64_t first, int64_t count, float *out);
+
+/* tensor_scale.c: gives every F8_E4M3 tensor the scales that its quantization names, and marks the tensors that hold them. ERR_INPUT by name, with `where`
+ * in front: a scale that is misshapen, of another type, not finite, zero or negative, of a tensor that is not F8_E4M3, of two names; a zero point. An
+ * F8_E4M3 tensor without any is left without: params_match() refuses it where a weight is wanted. */
+int tensor_set_bind_scales(struct tensor_set *s, const struct quantization *q, const char *where);
+/* The scale of each of rows [first, first + n) of a tensor scaled as a whole or by rows. */
+void tensor_row_scales(const struct tensor_view *t, int64_t first, int64_t n, float *out);
+/* The same numbers: shape, type, bytes and scales. */
+bool tensor_same(const struct tensor_view *a, const struct tensor_view *b);
 
 /* Writing. Tensors are written in the order safetensors itself uses (its list of dtypes backwards, then name), the header
  * padded to 8 with spaces. The file appears under its name only when complete and synced. */

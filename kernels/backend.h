@@ -252,6 +252,7 @@ struct backend {
     bool exact_rows;                    /* as in backend_options */
     bool fp8;                           /* has the products in fp8 */
     int fp8_multiple;                   /* their widths, C and O, and K of what is rounded are multiples of this; N may be anything */
+    bool host_memory;                   /* what alloc() gives is the host's own memory: it may write there itself */
     void *scratch; size_t scratch_bytes;/* set by the caller from its memory plan, at least ops->scratch_bytes() */
     void *state;                        /* the backend's own */
     const char *description;            /* card and library versions, for the start of a run; NULL: nothing to say */
@@ -262,6 +263,7 @@ struct backend_options {
     const char *precision;              /* "fp32", "bf16"; NULL: the device's production type */
     int threads;                        /* 0: all cores */
     bool exact_rows;                    /* cpu: a row of linear_forward is a function of that row of x alone, to the bit, whatever N and the threads are. BLAS does not promise that; ours is slower. cuda: no effect */
+    bool deterministic;                 /* cuda: the same inputs give the same bits in every run: attention's backward takes kernels without atomics, many times slower than cuDNN's. cpu: always so */
     const char *recipe;                 /* with bf16: "compact" (bf16 gradients and moments, no master), "exact" (fp32 gradients, moments, master); NULL: compact */
 };
 /* ERR_USAGE: unknown device, or this build or machine has none (says which). Refuses a table with a NULL entry by number (our bug). */

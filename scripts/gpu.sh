@@ -1,10 +1,10 @@
 #!/bin/bash
-# On a machine with a Hopper GPU: builds with CUDA (or takes a finished build directory), runs the gpu suite and `distill check` of
+# On a machine with a Hopper GPU: builds with CUDA (or takes a finished build directory), runs the gpu suite (ops, and optimizer steps of a whole model) and `distill check` of
 # every golden case with device cuda, in fp32 and bf16, and prints one table last. Exit code 0 when every line of it passed.
 #
 #   scripts/gpu.sh [BUILD_DIR [LIBRARY_DIR]]     BUILD_DIR     default build-gpu; configured and built here unless it holds a program already
 #                                                LIBRARY_DIR   libraries the build needs and this machine lacks
-#   SANITIZE=1    also compute-sanitizer memcheck and racecheck over the op tests
+#   SANITIZE=1    also compute-sanitizer memcheck and racecheck over every op test, at most SANITIZE_CASES cases of a list (default 12) and 120 s a line
 #   BENCH=1       also distill bench at every shape of configs/bench/h200-*; or a list of PART:CONFIG, as BENCH="train:h200-7b kernels:h200-7b". What it prints goes to
 #                 BUILD_DIR/bench-PART-CONFIG.txt, its figures, one JSON line each, to BUILD_DIR/bench.jsonl
 #   GOLDEN="A B"  folders with golden cases; default tests/golden and ../shared/golden
@@ -27,7 +27,7 @@ build=$(cd "$build" && pwd)
 program=$build/distill
 [ -x "$program" ] || program=$build/train/distill
 
-failed=0
+failed=0 limit=300
 # note NAME SECONDS STATUS FILE: one line of the table; 0 passed, 77 skipped
 note() {
     local verdict=ok
@@ -37,18 +37,34 @@ note() {
 run() {  # run NAME COMMAND...
     local name=$1 begin=$SECONDS file=$log/out
     shift
-    timeout 300 "$@" > "$file" 2>&1
+    timeout $limit "$@" > "$file" 2>&1
     note "$name" $((SECONDS - begin)) $? "$file"
 }
 
-for test in "$build"/tests/test_kernels_*; do
+gpu_parts() { "$1" --list | awk '/^gpu:/ { on = 1; next } /^[a-z_]+:/ { on = 0 } on { print $NF }'; }      # names of the tests in a program's suite gpu
+for test in "$build"/tests/test_kernels_* "$build"/tests/test_train_steps; do
     [ -f "$test" ] && [ -x "$test" ] || continue
-    name=${test##*/test_kernels_}
-    for precision in fp32 bf16; do run "op $name $precision" "$test" --jobs 1 --filter "gpu/$precision"; done
-    if [ "${SANITIZE:-0}" = 1 ]; then
-        for tool in memcheck racecheck; do run "op $name $tool" compute-sanitizer --tool $tool --error-exitcode 9 --target-processes all "$test" --jobs 1 --filter 'gpu/*'; done
-    fi
+    for part in $(gpu_parts "$test"); do run "${test##*/test_} $part" "$test" --jobs 1 --filter "gpu/$part"; done
 done
+if [ "${SANITIZE:-0}" = 1 ] && ! command -v compute-sanitizer >/dev/null; then
+    printf '%-44s %6ss  SKIPPED: there is no compute-sanitizer here\n' "memcheck, racecheck" 0 >> "$table"
+    failed=1
+elif [ "${SANITIZE:-0}" = 1 ]; then
+    export OPS_CASES=${SANITIZE_CASES:-12}
+    limit=120
+    for test in "$build"/tests/test_kernels_*; do
+        [ -f "$test" ] && [ -x "$test" ] && [ -n "$(gpu_parts "$test")" ] || continue
+        name=${test##*/test_kernels_}
+        for tool in memcheck racecheck; do
+            part='*'
+            # in bf16 these run cuDNN's and cuBLASLt's kernels: how those share memory is not ours to check
+            case $tool-$name in racecheck-attention | racecheck-linear) part=fp32 ;; esac
+            run "kernels_$name $tool" compute-sanitizer --tool $tool --error-exitcode 9 --target-processes all "$test" --jobs 1 --filter "gpu/$part"
+        done
+    done
+    unset OPS_CASES
+    limit=300
+fi
 for folder in $golden; do
     for case in "$folder"/*/reference.json; do
         [ -f "$case" ] || continue

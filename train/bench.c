@@ -55,7 +55,7 @@ void bench_figure_more(const struct bench *b, const char *figure, double value, 
 int bench_open(struct bench *b, const char *part, const struct config *c, const char *shape)
 {
     int rc = OK;
-    struct backend_options device = {.device = c->run_device, .threads = (int)c->run_threads};
+    struct backend_options device = {.device = c->run_device, .threads = (int)c->run_threads, .deterministic = c->train_deterministic};
     *b = (struct bench){.c = c, .part = part, .shape = shape};
     TRY(model_config_read(&b->config, shape));
     b->all_layers = b->config->n_layers;

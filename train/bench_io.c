@@ -5,6 +5,7 @@
 #include <math.h>
 #include <omp.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -16,7 +17,7 @@
 #include "train/bench.h"
 #include "train/progress.h"
 
-enum { POSITIONS = 64, PIECE = 8 << 20 };     /* a row repeats so many positions of a teacher; plain reads and writes go in such pieces */
+enum { POSITIONS = 64, PIECE = 8 << 20, TURNS = 3 };     /* a row repeats so many positions of a teacher; plain reads and writes go in such pieces; a checkpoint is loaded so often */
 static const size_t MOST_SHARD = (size_t)512 << 20;
 
 struct span { double wall, cpu; };            /* a point in time, or what has passed */
@@ -78,6 +79,25 @@ static void forget(const struct files *f)
         posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED);
         close(fd);
     }
+}
+
+/* How much of the files the page cache holds. */
+static double cached_share(const struct files *f)
+{
+    size_t page = (size_t)sysconf(_SC_PAGESIZE), held = 0;
+    for (int i = 0; i < f->n; i++) {
+        size_t bytes = (size_t)f->bytes[i], pages = (bytes + page - 1) / page;
+        int fd = open(f->path[i], O_RDONLY | O_CLOEXEC);
+        void *map = fd < 0 || !bytes ? MAP_FAILED : mmap(NULL, bytes, PROT_READ, MAP_PRIVATE, fd, 0);
+        unsigned char *in = xmalloc(pages + 1);
+        if (map != MAP_FAILED) {
+            if (!mincore(map, bytes, in)) for (size_t p = 0; p < pages; p++) held += in[p] & 1;
+            munmap(map, bytes);
+        }
+        free(in);
+        if (fd >= 0) close(fd);
+    }
+    return (double)(held * page) / (double)(f->total ? f->total : 1);
 }
 
 /* Every byte of every file, piece by piece, by so many threads. */
@@ -341,7 +361,7 @@ static int bench_checkpoint(struct bench *b, const char *dir)
     char *path = path_join(dir, "model"), **names = NULL;
     uint16_t *pool = xmalloc(PIECE);
     int rc = OK, n_names = 0, threads = omp_get_num_procs() < 16 ? omp_get_num_procs() : 16;
-    double plain[2][2], load[2][2], most = fmax(b->c->bench_seconds, 0.1) * 200e6;      /* [turn][cold, warm] */
+    double plain[2], load[2], cached = 0, most = b->c->bench_checkpoint_gib > 0 ? b->c->bench_checkpoint_gib * 0x1p30 : fmax(b->c->bench_seconds, 0.1) * 200e6;      /* [cold, warm] */
     while (config.n_layers > 1 && 2.0 * (double)model_config_parameters(&config) > most) config.n_layers--;
     params = params_new(&config);
     #pragma omp parallel for
@@ -354,28 +374,34 @@ static int bench_checkpoint(struct bench *b, const char *dir)
     TRY(safetensors_write_dir(path, list.spec, list.n, (size_t)1 << 30, fill, pool));
     TRY(dir_list(path, &names, &n_names));
     for (int i = 0; i < n_names; i++) if (strstr(names[i], ".safetensors") && !strstr(names[i], ".json")) files_add(&files, path_join(path, names[i]));
-    memory_add(plan, "weights", "the model", &home.device, (size_t)params->total * dtype_width(b->be->act_dtype));
+    home.layout = weight_layout_new(params, b->be->act_dtype, false);
+    memory_add(plan, "weights", "the model", &home.device, (size_t)home.layout.total);
     TRY(memory_commit(plan, 0));
     printf("checkpoint  %d of %d layers in bf16, %s in %d files; %d threads\n", config.n_layers, b->all_layers, bench_quantity((double)files.total, "B"), files.n, threads);
     fflush(stdout);
-    for (int turn = 0; turn < 2; turn++)
+    for (int turn = 0; turn < TURNS; turn++)
         for (int warm = 0; warm < 2; warm++) {
+            double seconds, start;
             if (!warm) forget(&files);
-            TRY(plain_read(&files, threads, &plain[turn][warm]));
+            if (!warm) cached = fmax(cached, cached_share(&files));
+            TRY(plain_read(&files, threads, &seconds));
+            plain[warm] = turn ? fmin(plain[warm], seconds) : seconds;
             if (!warm) forget(&files);
-            double start = now_seconds();
+            start = now_seconds();
             TRY(tensor_set_open(&set, path));
             TRY(weights_load(params, b->be, &home, set, path, NULL));
-            load[turn][warm] = now_seconds() - start;
+            seconds = now_seconds() - start;
+            load[warm] = turn ? fmin(load[warm], seconds) : seconds;
             tensor_set_close(set);
             set = NULL;
         }
+    printf("  cold: after fsync and posix_fadvise(DONTNEED), which left %.1f %% of the bytes in the page cache; the best of %d turns each\n", 100 * cached, TURNS);
     for (int warm = 0; warm < 2; warm++) {
         static const char *const figures[] = {"checkpoint load cold", "checkpoint load warm"};
-        double l = fmin(load[0][warm], load[1][warm]), p = fmin(plain[0][warm], plain[1][warm]), bytes = (double)files.total;
-        printf("  load %s              %s; plain parallel reads %s: %.1f %% of it (the better of two each)\n", warm ? "warm" : "cold", bench_quantity(bytes / l, "B/s"), bench_quantity(bytes / p, "B/s"),
-               100 * p / l);
-        bench_figure_more(b, figures[warm], bytes / l, "B/s", "plain_bytes_per_second", bytes / p, "share_of_plain", p / l);
+        double bytes = (double)files.total;
+        printf("  load %s              %s; plain parallel reads %s: %.1f %% of it\n", warm ? "warm" : "cold", bench_quantity(bytes / load[warm], "B/s"), bench_quantity(bytes / plain[warm], "B/s"),
+               100 * plain[warm] / load[warm]);
+        bench_figure_more(b, figures[warm], bytes / load[warm], "B/s", "plain_bytes_per_second", bytes / plain[warm], "share_of_plain", plain[warm] / load[warm]);
     }
 out:
     tensor_set_close(set);
@@ -383,6 +409,7 @@ out:
     free(list.spec);
     names_free(names, n_names);
     files_free(&files);
+    weight_layout_free(&home.layout);
     params_free(params);
     memory_plan_free(plan);
     free(pool);

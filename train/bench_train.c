@@ -32,6 +32,7 @@ static int step(struct training *t)
     t->kd = kd / targets;
     if (!isfinite(t->kd) || !isfinite(norm)) return fail(ERR_NUMERIC, "step %lld: loss %g, gradient norm %g", (long long)t->step + 1, t->kd, norm);
     optimizer_step(t->optimizer, ++t->step, 1e-4);
+    model_weights_changed(t->model);
     return OK;
 }
 
@@ -76,8 +77,9 @@ int bench_train(const struct config *c, const char *shape)
     TRY(bench_open(b, "train", c, shape));
     int64_t V = b->config->vocab_size, N = c->train_micro_rows * c->corpus_row_length, steps = 0;
     int k = c->shards_k < V ? (int)c->shards_k : (int)V;
-    struct model_options o = {.N = N, .max_doc = c->corpus_row_length, .head_rows = c->train_chunk_tokens < N ? c->train_chunk_tokens : N, .train = true, .recompute = (enum recompute)policy};
+    struct model_options o = {.N = N, .max_doc = c->corpus_row_length, .head_rows = c->train_chunk_tokens < N ? c->train_chunk_tokens : N, .train = true, .recompute = (enum recompute)policy, .fp8 = !strcmp(c->train_matmul, "fp8")};
     struct pass pass = {.train = true, .recompute = o.recompute, .step_tokens = t.accum * N, .k = k};
+    if (o.fp8) TRY(model_check_fp8(b->be, b->config, "train.matmul"));
     TRY(bench_rates(b, N));
     t.plan = memory_plan_new(b->be);
     t.model = model_new(b->be, b->config, &o, t.plan);

@@ -19,7 +19,7 @@ struct config {
     /* run */
     char *run_dir; char *run_device; int64_t run_threads, run_seed; bool run_resume;
     /* teacher */
-    char *teacher_path, *teacher_weights;
+    char *teacher_path, *teacher_weights, *teacher_precision;
     /* student */
     char *student_init, *student_path, *student_config; int64_t student_keep_every;
     /* tokenizer */
@@ -40,8 +40,8 @@ struct config {
     /* schedule */
     char *schedule_kind; int64_t schedule_warmup_steps; double schedule_final_ratio, schedule_decay_fraction;
     /* train */
-    char *train_source, *train_recompute; int64_t train_steps, train_batch_rows, train_micro_rows, train_chunk_tokens;
-    int64_t train_eval_every, train_checkpoint_every, train_keep_checkpoints, train_log_every; double train_epochs; bool train_check_alignment;
+    char *train_source, *train_recompute, *train_matmul; int64_t train_steps, train_batch_rows, train_micro_rows, train_chunk_tokens;
+    int64_t train_eval_every, train_checkpoint_every, train_keep_checkpoints, train_log_every; double train_epochs; bool train_check_alignment, train_deterministic;
     /* memory */
     double memory_limit_gib;
     /* eval */
@@ -51,7 +51,7 @@ struct config {
     /* export */
     char *export_model, *export_path, *export_format, *export_dtype; int64_t export_max_file_mib;
     /* bench */
-    int64_t bench_steps, bench_layers; double bench_seconds;
+    int64_t bench_steps, bench_layers; double bench_seconds, bench_checkpoint_gib;
 };
 
 /* Which keys a command reads: shown by its --help. */

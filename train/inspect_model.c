@@ -71,6 +71,12 @@ static void report_config(struct report *r, const struct model_config *c, const 
     for (int l = 0; c->layer_slides && l < c->n_layers; l++) sliding += c->layer_slides[l];
     if (sliding) report_line(r, "sliding_window", json_integer(c->sliding_window), "sliding window", "%lld tokens in %d of %d layers",
                              (long long)c->sliding_window, sliding, c->n_layers);
+    if (c->quantization.scales != SCALE_NONE) {
+        const struct quantization *q = &c->quantization;
+        char scales[64];
+        scales_text(q->scales, q->block_rows, q->block_cols, scales);
+        report_line(r, "quantization", json_pack("{s:s, s:s}", "method", q->method, "scales", scales), "quantised by", "%s: e4m3, %s", q->method, scales);
+    }
     model_config_hash(c, hash);
     report_text(r, "config_hash", "hash of the config", hash);
 }
@@ -190,6 +196,29 @@ static void report_dtypes(struct report *r, const struct tensor_set *set)
     report_line(r, "dtypes", j, "types", "%s", text);
 }
 
+static void report_scales(struct report *r, const struct tensor_set *set)
+{
+    int64_t tensors = 0, scales = 0, bookkeeping = 0;
+    float least = INFINITY, most = 0;
+    for (int i = 0; i < tensor_set_count(set); i++) {
+        const struct tensor_view *v = tensor_set_at(set, i);
+        bookkeeping += v->is_scale;
+        if (!v->scale) continue;
+        tensors++;
+        scales += v->scale->count;
+        for (int64_t k = 0; k < v->scale->count; k++) {
+            least = fminf(least, v->scale->value[k]);
+            most = fmaxf(most, v->scale->value[k]);
+        }
+    }
+    if (!tensors) return;
+    bookkeeping -= tensors;
+    report_line(r, "scales", json_pack("{s:I, s:I, s:f, s:f, s:I}", "tensors", (json_int_t)tensors, "values", (json_int_t)scales, "least", (double)least, "most", (double)most,
+                                       "not_of_weights", (json_int_t)bookkeeping),
+                "scales", "%lld for %lld F8_E4M3 tensors, from %g to %g", (long long)scales, (long long)tensors, (double)least, (double)most);
+    if (bookkeeping) report_line(r, NULL, NULL, "", "%lld more of activations or a kv cache, which are not used", (long long)bookkeeping);
+}
+
 static void report_faults(struct report *r, const struct look *l)
 {
     enum { SHOWN = 20 };
@@ -224,6 +253,7 @@ static int report_weights(struct report *r, const struct model_files *f, const s
     report_line(r, "files", json_integer(files), "files", "%d with %d tensors, %lld bytes (%s)", files, tensor_set_count(f->tensors), (long long)bytes,
                 bytes_text(bytes));
     report_dtypes(r, f->tensors);
+    report_scales(r, f->tensors);
     params_each(t, add_tensor, &l);
     TRY(params_load(t, &be, NOWHERE, f->tensors, f->path, NULL));
     report_faults(r, &l);

@@ -14,6 +14,7 @@ int model_files_open(struct model_files **out, const char *path)
     if (!path_exists(path)) { rc = fail(ERR_IO, "%s: no such model directory", path); goto out; }
     TRY(model_config_read(&f->config, path));
     TRY(tensor_set_open(&f->tensors, path));
+    TRY(tensor_set_bind_scales(f->tensors, &f->config->quantization, path));
     *out = f;
     f = NULL;
 out:

@@ -15,7 +15,7 @@ struct model_files {
     struct tensor_set *tensors;
 };
 
-/* Config and tensor headers; nothing large is read yet. */
+/* Config, tensor headers and the scales of fp8 weights; nothing large is read yet. */
 int  model_files_open(struct model_files **out, const char *path);
 void model_files_close(struct model_files *f);            /* NULL-safe */
 /* Into the model's weights, every tensor accounted for. */

@@ -3,20 +3,40 @@
 #include "train/model.h"
 
 #include <math.h>
+#include <string.h>
 
 #include "base/error.h"
 
 static act *rows_at(const struct model *m, act *x, int64_t row, int64_t width) { return (act *)((char *)x + (size_t)(row * width) * dtype_width(m->be->act_dtype)); }
-/* elements of a block in the table, padding included */
-static int64_t block_begin(const struct model *m, int l) { return l < m->c->n_layers ? m->params->layer[l].attn_norm->offset : m->params->norm->offset; }
+static int64_t block_bytes(const struct model *m) { return (m->home.layout.end - m->home.layout.begin) / m->c->n_layers; }
 
-static act *W(const struct model *m, const struct param *p)
+/* Byte `at` of the layout, which belongs to layer l (-1: to none), on the device. */
+static void *weight_byte(const struct model *m, int l, int64_t at)
 {
     bool on_host;
-    if (!p) return NULL;
-    if (m->o.layer_slots && p->layer >= 0)
-        return (act *)((char *)m->slot[m->entered % m->o.layer_slots] + (size_t)(p->offset - block_begin(m, p->layer)) * dtype_width(m->be->act_dtype));
-    return weight_home_at(m->be, &m->home, p->offset, &on_host);
+    if (m->o.layer_slots && l >= 0) return (char *)m->slot[m->entered % m->o.layer_slots] + (at - m->home.layout.begin - l * block_bytes(m));
+    return weight_home_at(&m->home, at, &on_host);
+}
+
+static act *W(const struct model *m, const struct param *p) { return p ? weight_byte(m, p->layer, m->home.layout.at[p - m->params->p]) : NULL; }
+
+static const struct param *matrix_of(const struct layer_params *p, enum product i)
+{
+    const struct param *const matrix[PRODUCT_COUNT] = {p->wqkv, p->wo, p->w_gate_up, p->w_down};
+    return matrix[i];
+}
+
+static const struct param *bias_of(const struct layer_params *p, enum product i)
+{
+    const struct param *const bias[PRODUCT_COUNT] = {p->bqkv, p->bo, p->b_gate_up, p->b_down};
+    return bias[i];
+}
+
+static struct fp8 W8(const struct model *m, int l, enum product i)
+{
+    if (m->o.train) return m->fp8[l].w[i];
+    const struct param *p = matrix_of(&m->params->layer[l], i);
+    return (struct fp8){weight_byte(m, l, m->home.layout.at[p - m->params->p]), weight_byte(m, l, m->home.layout.scale_at[p - m->params->p])};
 }
 static grad *G(const struct model *m, const struct param *p) { return grad_at(m->be, m->grads, p); }
 
@@ -26,6 +46,12 @@ struct planner { struct memory_plan *plan; size_t act; int64_t N; const char *ro
 
 static void plan_act(struct planner *p, act **slot, int64_t width) { memory_add(p->plan, p->row, p->key, slot, (size_t)(p->N * width) * p->act); }
 static void plan_float(struct planner *p, float **slot, int64_t width) { memory_add(p->plan, p->row, p->key, slot, (size_t)(p->N * width) * sizeof(float)); }
+
+static void plan_fp8(struct planner *p, struct fp8 *slot, int64_t width)
+{
+    memory_add(p->plan, p->row, p->key, &slot->q, (size_t)(p->N * width));
+    memory_add(p->plan, p->row, p->key, &slot->scale, (size_t)p->N * sizeof(float));
+}
 
 /* Layer l keeps its own copy of what the policy keeps; the rest is layer 0's, shared by all. */
 static void plan_layer(struct model *m, struct planner *p, int l)
@@ -49,12 +75,33 @@ static void plan_layer(struct model *m, struct planner *p, int l)
         plan_float(p, &a->rstd_attn, 1);
         plan_float(p, &a->rstd_mlp, 1);
     }
-    if (own_cheap) plan_act(p, &a->norm_attn, C);
-    if (own_cheap && m->o.train) plan_act(p, &a->norm_mlp, C);
+    bool own_inputs = l == 0 || (own_cheap && !m->o.fp8);            /* of the products; in fp8 what they read is kept instead */
+    if (own_inputs) plan_act(p, &a->norm_attn, C);
+    if (own_inputs && m->o.train) plan_act(p, &a->norm_mlp, C);
     struct planner ffn = *p;
     ffn.N = m->o.ffn_rows;
     if (own_ffn) plan_act(&ffn, &a->gate_up, 2 * F);
-    if (own_cheap) plan_act(&ffn, &a->h, F);
+    if (own_inputs) plan_act(&ffn, &a->h, F);
+    if (m->o.fp8 && own_cheap)
+        for (int i = 0; i < PRODUCT_COUNT; i++) plan_fp8(i == PRODUCT_DOWN || (i == PRODUCT_GATE_UP && !m->o.train) ? &ffn : p, &a->x8[i], matrix_of(&m->params->layer[l], i)->cols);
+}
+
+/* What a training model in fp8 has besides: both layouts of every matrix, and room for the gradient of the widest output. */
+static void plan_products_fp8(struct model *m, struct planner *p)
+{
+    int64_t widest = 0;
+    m->fp8 = xcalloc((size_t)m->c->n_layers, sizeof *m->fp8);
+    for (int l = 0; l < m->c->n_layers; l++)
+        for (int i = 0; i < PRODUCT_COUNT; i++) {
+            const struct param *w = matrix_of(&m->params->layer[l], i);
+            struct planner rows = {p->plan, p->act, w->rows, "student weights in fp8", "the model, or train.matmul"}, cols = rows;
+            cols.N = w->cols;
+            plan_fp8(&rows, &m->fp8[l].w[i], w->cols);
+            plan_fp8(&cols, &m->fp8[l].t[i], w->rows);
+            widest = w->rows > widest ? w->rows : widest;
+        }
+    plan_fp8(p, &m->dy8, widest);
+    memory_add(p->plan, "batch and tables", p->key, &m->census, CENSUS_COUNT * sizeof *m->census);
 }
 
 /* Slots are addresses that memory_commit() fills, so layers that share layer 0's buffers copy the pointers afterwards. */
@@ -65,6 +112,7 @@ static void share_layers(struct model *m)
 #define SHARE(field) if (!a->field) a->field = first->field
         SHARE(res_attn); SHARE(norm_attn); SHARE(qkv_raw); SHARE(q); SHARE(k); SHARE(v); SHARE(att); SHARE(res_mlp); SHARE(norm_mlp);
         SHARE(gate_up); SHARE(h); SHARE(rstd_attn); SHARE(rstd_mlp); SHARE(rstd_qk); SHARE(lse);
+        for (int i = 0; i < PRODUCT_COUNT; i++) { SHARE(x8[i].q); SHARE(x8[i].scale); }
 #undef SHARE
         if (!m->o.train) {                                  /* one residual buffer, added to in place, and one for what the norms write */
             a->res_mlp = a->res_attn;
@@ -91,15 +139,14 @@ struct model *model_new(struct backend *be, const struct model_config *c, const 
     int64_t C = c->hidden_size, q = c->n_heads * c->head_dim, kv = c->n_kv_heads * c->head_dim;
     const char *batch_key = o->train ? "train.micro_rows or corpus.row_length" : "the rows per pass or the row length";
 
-    int64_t blocks = block_begin(m, c->n_layers) - block_begin(m, 0), block = blocks / c->n_layers;
+    m->home.layout = weight_layout_new(m->params, be->act_dtype, o->fp8 && !o->train);
+    int64_t blocks = m->home.layout.end - m->home.layout.begin;
     if (o->layer_slots) {
         CHECK(o->layer_slots >= 2 && o->layer_slots <= STREAM_SLOTS, "%d places for streamed blocks", o->layer_slots);
-        m->home.begin = block_begin(m, 0);
-        m->home.end = block_begin(m, c->n_layers);
-        memory_add_host(plan, "blocks in host memory", "the model", &m->home.host, (size_t)blocks * act_width);
-        for (int i = 0; i < o->layer_slots; i++) memory_add(plan, "blocks on the device", "the model", &m->slot[i], (size_t)block * act_width);
+        memory_add_host(plan, "blocks in host memory", "the model", &m->home.host, (size_t)blocks);
+        for (int i = 0; i < o->layer_slots; i++) memory_add(plan, "blocks on the device", "the model", &m->slot[i], (size_t)block_bytes(m));
     }
-    memory_add(plan, o->train ? "student weights" : "weights", "the model", &m->weights, (size_t)(m->params->total - (o->layer_slots ? blocks : 0)) * act_width);
+    memory_add(plan, o->train ? "student weights" : "weights", "the model", &m->weights, (size_t)(m->home.layout.total - (o->layer_slots ? blocks : 0)));
     if (o->train) memory_add(plan, "gradients", "the model", &m->grads, (size_t)m->params->total * dtype_width(be->grad_dtype));
     size_t rope = (size_t)o->max_doc * (size_t)(c->head_dim / 2) * sizeof(float);
     memory_add(plan, "batch and tables", batch_key, &m->rope_cos, rope);
@@ -124,6 +171,7 @@ struct model *model_new(struct backend *be, const struct model_config *c, const 
         plan_act(&p, &m->dq, q);
         plan_act(&p, &m->dk, kv);
         plan_act(&p, &m->dv, kv);
+        if (o->fp8) plan_products_fp8(m, &p);
     }
     if (o->cache) {
         m->cache.k = xcalloc((size_t)c->n_layers, sizeof *m->cache.k);
@@ -141,7 +189,9 @@ struct model *model_new(struct backend *be, const struct model_config *c, const 
 void model_free(struct model *m)
 {
     if (!m) return;
+    weight_layout_free(&m->home.layout);
     params_free(m->params);
+    free(m->fp8);
     free(m->acts);
     free(m->cache.k);
     free(m->cache.v);
@@ -152,7 +202,7 @@ size_t model_scratch_bytes(const struct model *m, int k)
 {
     const struct model_config *c = m->c;
     struct op_limits limits = {.N = m->o.N, .C = c->hidden_size, .F = c->intermediate_size, .V = c->vocab_size, .chunk_rows = m->o.head_rows,
-                               .max_doc = m->o.max_doc, .Hq = c->n_heads, .Hkv = c->n_kv_heads, .D = c->head_dim, .K = k, .backward = m->o.train};
+                               .max_doc = m->o.max_doc, .Hq = c->n_heads, .Hkv = c->n_kv_heads, .D = c->head_dim, .K = k, .backward = m->o.train, .fp8 = m->o.fp8};
     return m->be->ops->scratch_bytes(m->be, &limits);
 }
 
@@ -182,13 +232,32 @@ void model_ready(struct model *m)
 
 void model_random_weights(struct model *m, uint64_t seed)
 {
-    int64_t block = (m->home.end - m->home.begin) / m->c->n_layers;
-    weights_random(m->params, m->be, &m->home, seed, m->slot[0], block);
+    weights_random(m->params, m->be, &m->home, seed, m->logits, m->o.head_rows * m->c->vocab_size, m->slot[0]);
+    model_weights_changed(m);
 }
 
 int model_load_weights(struct model *m, const struct tensor_set *set, const char *where, const int *layer_of)
 {
-    return weights_load(m->params, m->be, &m->home, set, where, layer_of);
+    int rc = weights_load(m->params, m->be, &m->home, set, where, layer_of);
+    if (rc == OK) model_weights_changed(m);
+    return rc;
+}
+
+int model_check_fp8(const struct backend *be, const struct model_config *c, const char *key)
+{
+    (void)c;
+    if (!be->fp8) return fail(ERR_USAGE, "%s is fp8, and device %s has no products in fp8 in this build; set it to native", key, be->name);
+    return OK;
+}
+
+void model_weights_changed(struct model *m)
+{
+    if (!m->o.fp8 || !m->o.train) return;
+    for (int l = 0; l < m->c->n_layers; l++)
+        for (int i = 0; i < PRODUCT_COUNT; i++) {
+            const struct param *w = matrix_of(&m->params->layer[l], i);
+            m->be->ops->quantize_weight(m->be, &m->fp8[l].w[i], &m->fp8[l].t[i], W(m, w), w->rows, w->cols);
+        }
 }
 
 void model_set_batch(struct model *m, const struct batch *b)
@@ -213,6 +282,57 @@ static struct attention_args attention_of(const struct model *m, int l)
                                    .D = c->head_dim, .scale = 1 / sqrtf((float)c->head_dim), .window = c->layer_slides && c->layer_slides[l] ? c->sliding_window : 0};
 }
 
+/* The products of a block. In fp8 their inputs are rounded here, row by row, and kept so for the backward. */
+static void keep_fp8(struct model *m, int l, enum product i, const act *x, int64_t N)
+{
+    const struct fp8 *x8 = &m->acts[l].x8[i];
+    int64_t C = matrix_of(&m->params->layer[l], i)->cols;
+    m->be->ops->quantize(m->be, x8, x, N, C);
+    if (m->count) m->be->ops->fp8_count(m->be, &m->census[CENSUS_ACTIVATIONS], x8, N, C);
+}
+
+/* y = x w^T + bias */
+static void product_forward(struct model *m, int l, enum product i, act *y, const act *x, int64_t N)
+{
+    const struct ops *op = m->be->ops;
+    const struct param *w = matrix_of(&m->params->layer[l], i), *bias = bias_of(&m->params->layer[l], i);
+    if (m->o.fp8) {
+        struct fp8 w8 = W8(m, l, i);
+        keep_fp8(m, l, i, x, N);
+        op->linear_forward_fp8(m->be, y, &m->acts[l].x8[i], &w8, W(m, bias), N, w->cols, w->rows);
+    } else op->linear_forward(m->be, y, x, W(m, w), W(m, bias), N, w->cols, w->rows);
+}
+
+/* dw += dy^T x, dbias += sums of dy, dx = dy w; dx may take the memory of x */
+static void product_backward(struct model *m, int l, enum product i, act *dx, const act *dy, const act *x)
+{
+    const struct ops *op = m->be->ops;
+    const struct param *w = matrix_of(&m->params->layer[l], i), *bias = bias_of(&m->params->layer[l], i);
+    int64_t N = m->n, C = w->cols, O = w->rows;
+    if (m->o.fp8) {
+        op->quantize(m->be, &m->dy8, dy, N, O);
+        if (m->count) op->fp8_count(m->be, &m->census[CENSUS_GRADIENTS], &m->dy8, N, O);
+        op->linear_backward_weight_fp8(m->be, G(m, w), G(m, bias), &m->dy8, &m->acts[l].x8[i], N, C, O);
+        op->linear_forward_fp8(m->be, dx, &m->dy8, &m->fp8[l].t[i], NULL, N, O, C);
+    } else {
+        op->linear_backward_weight(m->be, G(m, w), G(m, bias), dy, x, N, C, O);
+        op->linear_backward_input(m->be, dx, dy, W(m, w), N, C, O);
+    }
+}
+
+void model_count_fp8(struct model *m)
+{
+    m->count = m->o.fp8 && m->o.train;
+    if (m->count) m->be->ops->fill_zero(m->be, m->census, CENSUS_COUNT * sizeof *m->census);
+}
+
+void model_read_census(struct model *m, struct fp8_census census[CENSUS_COUNT])
+{
+    memset(census, 0, CENSUS_COUNT * sizeof *census);
+    if (m->count) m->be->ops->download(m->be, census, m->census, CENSUS_COUNT * sizeof *census);
+    m->count = false;
+}
+
 /* norm_attn -> q, k, v -> att -> res_mlp, norm_mlp -> gate_up */
 static void attention_forward(struct model *m, int l)
 {
@@ -221,15 +341,15 @@ static void attention_forward(struct model *m, int l)
     const struct layer_params *p = &m->params->layer[l];
     const struct layer_acts *a = &m->acts[l];
     int Hq = c->n_heads, Hkv = c->n_kv_heads, D = c->head_dim;
-    int64_t N = m->n, C = c->hidden_size, q = Hq * D, w = (Hq + 2 * Hkv) * D;
+    int64_t N = m->n;
     struct attention_args args = attention_of(m, l);
 
-    op->linear_forward(m->be, c->qk_norm ? a->qkv_raw : m->qkv, a->norm_attn, W(m, p->wqkv), W(m, p->bqkv), N, C, w);
+    product_forward(m, l, PRODUCT_QKV, c->qk_norm ? a->qkv_raw : m->qkv, a->norm_attn, N);
     if (c->qk_norm) op->qk_norm_forward(m->be, m->qkv, a->rstd_qk, a->qkv_raw, W(m, p->q_norm), W(m, p->k_norm), N, Hq, Hkv, D, c->rms_norm_eps);
     op->rope_forward(m->be, a->q, a->k, a->v, m->qkv, m->rope_cos, m->rope_sin, m->position, N, Hq, Hkv, D);
     if (m->o.cache) op->attention_cached(m->be, a->att, m->cache.k[l], m->cache.v[l], a->q, a->k, a->v, N, m->cache.past, Hq, Hkv, D, args.scale, args.window);
     else op->attention_forward(m->be, a->att, a->lse, a->q, a->k, a->v, &args);
-    op->linear_forward(m->be, m->block_out, a->att, W(m, p->wo), W(m, p->bo), N, q, C);
+    product_forward(m, l, PRODUCT_ATTENTION_OUT, m->block_out, a->att, N);
 }
 
 /* The stream enters as x, with `r` (the MLP output of the layer below, NULL in layer 0) still to be added; it leaves as res_mlp with block_out still to be added. */
@@ -246,9 +366,9 @@ static void block_forward(struct model *m, int l, const act *x, const act *r)
     op->rmsnorm_forward(m->be, a->norm_mlp, a->rstd_mlp, a->res_mlp, a->res_attn, m->block_out, W(m, p->mlp_norm), N, C, c->rms_norm_eps);
     for (int64_t first = 0; first < N; first += m->o.ffn_rows) {       /* one turn where activations are kept */
         int64_t rows = N - first < m->o.ffn_rows ? N - first : m->o.ffn_rows;
-        op->linear_forward(m->be, a->gate_up, rows_at(m, a->norm_mlp, first, C), W(m, p->w_gate_up), W(m, p->b_gate_up), rows, C, 2 * F);
+        product_forward(m, l, PRODUCT_GATE_UP, a->gate_up, rows_at(m, a->norm_mlp, first, C), rows);
         op->swiglu_forward(m->be, a->h, a->gate_up, rows, F);
-        op->linear_forward(m->be, rows_at(m, m->block_out, first, C), a->h, W(m, p->w_down), W(m, p->b_down), rows, F, C);
+        product_forward(m, l, PRODUCT_DOWN, rows_at(m, m->block_out, first, C), a->h, rows);
     }
 }
 
@@ -256,7 +376,7 @@ static void block_forward(struct model *m, int l, const act *x, const act *r)
 static void block_ask(struct model *m)
 {
     int L = m->c->n_layers, slot = (int)(m->streamed % m->o.layer_slots);
-    size_t bytes = (size_t)(m->home.end - m->home.begin) / (size_t)L * dtype_width(m->be->act_dtype);
+    size_t bytes = (size_t)block_bytes(m);
     m->be->ops->stream_in(m->be, slot, m->slot[slot], (const char *)m->home.host + (size_t)(m->streamed % L) * bytes, bytes);
     m->streamed++;
 }
@@ -290,9 +410,15 @@ static void block_recompute(struct model *m, int l)
     if (policy == RECOMPUTE_BLOCK) {
         attention_forward(m, l);
         op->rmsnorm_forward(m->be, a->norm_mlp, a->rstd_mlp, a->res_mlp, a->res_attn, m->block_out, W(m, p->mlp_norm), N, C, c->rms_norm_eps);
-    } else op->rmsnorm_forward(m->be, a->norm_mlp, a->rstd_mlp, NULL, a->res_mlp, NULL, W(m, p->mlp_norm), N, C, c->rms_norm_eps);
-    if (policy >= RECOMPUTE_FFN) op->linear_forward(m->be, a->gate_up, a->norm_mlp, W(m, p->w_gate_up), W(m, p->b_gate_up), N, C, 2 * F);
+    } else {
+        if (m->o.fp8) keep_fp8(m, l, PRODUCT_QKV, a->norm_attn, N);
+        if (m->o.fp8) keep_fp8(m, l, PRODUCT_ATTENTION_OUT, a->att, N);
+        op->rmsnorm_forward(m->be, a->norm_mlp, a->rstd_mlp, NULL, a->res_mlp, NULL, W(m, p->mlp_norm), N, C, c->rms_norm_eps);
+    }
+    if (policy >= RECOMPUTE_FFN) product_forward(m, l, PRODUCT_GATE_UP, a->gate_up, a->norm_mlp, N);
+    else if (m->o.fp8) keep_fp8(m, l, PRODUCT_GATE_UP, a->norm_mlp, N);
     op->swiglu_forward(m->be, a->h, a->gate_up, N, F);
+    if (m->o.fp8) keep_fp8(m, l, PRODUCT_DOWN, a->h, N);
 }
 
 /* d: the gradient of the stream that leaves the layer -> of the stream that enters it. dh takes h's memory, d_gate_up takes gate_up's. */
@@ -303,26 +429,22 @@ static void block_backward(struct model *m, int l)
     const struct layer_params *p = &m->params->layer[l];
     const struct layer_acts *a = &m->acts[l];
     int Hq = c->n_heads, Hkv = c->n_kv_heads, D = c->head_dim;
-    int64_t N = m->n, C = c->hidden_size, F = c->intermediate_size, q = Hq * D, w = (Hq + 2 * Hkv) * D;
+    int64_t N = m->n, C = c->hidden_size, F = c->intermediate_size;
     struct attention_args args = attention_of(m, l);
     act *d = m->d_hidden;
 
     block_recompute(m, l);
-    op->linear_backward_weight(m->be, G(m, p->w_down), G(m, p->b_down), d, a->h, N, F, C);
-    op->linear_backward_input(m->be, a->h, d, W(m, p->w_down), N, F, C);
+    product_backward(m, l, PRODUCT_DOWN, a->h, d, a->h);
     op->swiglu_backward(m->be, a->gate_up, a->h, a->gate_up, N, F);
-    op->linear_backward_weight(m->be, G(m, p->w_gate_up), G(m, p->b_gate_up), a->gate_up, a->norm_mlp, N, C, 2 * F);
-    op->linear_backward_input(m->be, m->d_norm, a->gate_up, W(m, p->w_gate_up), N, C, 2 * F);
+    product_backward(m, l, PRODUCT_GATE_UP, m->d_norm, a->gate_up, a->norm_mlp);
     op->rmsnorm_backward(m->be, d, G(m, p->mlp_norm), d, m->d_norm, a->res_mlp, W(m, p->mlp_norm), a->rstd_mlp, N, C);
 
-    op->linear_backward_weight(m->be, G(m, p->wo), G(m, p->bo), d, a->att, N, q, C);
-    op->linear_backward_input(m->be, m->d_att, d, W(m, p->wo), N, q, C);
+    product_backward(m, l, PRODUCT_ATTENTION_OUT, m->d_att, d, a->att);
     op->attention_backward(m->be, m->dq, m->dk, m->dv, m->d_att, a->att, a->lse, a->q, a->k, a->v, &args);
     op->rope_backward(m->be, m->qkv, m->dq, m->dk, m->dv, m->rope_cos, m->rope_sin, m->position, N, Hq, Hkv, D);
     if (c->qk_norm)
         op->qk_norm_backward(m->be, m->qkv, G(m, p->q_norm), G(m, p->k_norm), m->qkv, a->qkv_raw, W(m, p->q_norm), W(m, p->k_norm), a->rstd_qk, N, Hq, Hkv, D);
-    op->linear_backward_weight(m->be, G(m, p->wqkv), G(m, p->bqkv), m->qkv, a->norm_attn, N, C, w);
-    op->linear_backward_input(m->be, m->d_norm, m->qkv, W(m, p->wqkv), N, C, w);
+    product_backward(m, l, PRODUCT_QKV, m->d_norm, m->qkv, a->norm_attn);
     op->rmsnorm_backward(m->be, d, G(m, p->attn_norm), d, m->d_norm, a->res_attn, W(m, p->attn_norm), a->rstd_attn, N, C);
 }
 

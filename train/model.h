@@ -15,6 +15,9 @@
 /* What the backward finds kept from the forward; the rest is computed again from it, bit for bit the same. */
 enum recompute { RECOMPUTE_NONE, RECOMPUTE_SWIGLU_NORM, RECOMPUTE_FFN, RECOMPUTE_BLOCK };
 
+/* The matrices of a block, by what they multiply. */
+enum product { PRODUCT_QKV, PRODUCT_ATTENTION_OUT, PRODUCT_GATE_UP, PRODUCT_DOWN, PRODUCT_COUNT };
+
 struct layer_acts {
     act *res_attn;            /* (N, C)  residual stream entering attention */
     act *norm_attn;           /* (N, C) */
@@ -28,7 +31,12 @@ struct layer_acts {
     float *rstd_attn, *rstd_mlp;   /* (N) */
     float *rstd_qk;           /* (N, Hq+Hkv) */
     float *lse;               /* N * Hq */
+    struct fp8 x8[PRODUCT_COUNT];  /* norm_attn, att, norm_mlp, h as the products read them; only with o.fp8, and then norm_attn, norm_mlp and h are scratch */
 };
+
+/* A training model's matrices as the products read them, made from its weights after every step: w (O,C), t (C,O). */
+struct layer_fp8 { struct fp8 w[PRODUCT_COUNT], t[PRODUCT_COUNT]; };
+enum { CENSUS_ACTIVATIONS, CENSUS_GRADIENTS, CENSUS_COUNT };
 
 struct kv_cache { act **k, **v; int64_t past, room; };   /* one (room, Hkv, D) each per layer */
 
@@ -40,6 +48,7 @@ struct model_options {
     enum recompute recompute;
     bool cache;               /* generation: a KV cache of max_doc positions instead of packed attention */
     int64_t ffn_rows;         /* inference: positions that pass through the MLP at a time, its buffers being the widest; 0: all N */
+    bool fp8;                 /* the products of the blocks in fp8; embedding, head and attention stay as they are. Only where model_check_fp8() is OK */
     int layer_slots;          /* inference: 0: blocks are resident; 2 .. STREAM_SLOTS: they are streamed from host memory through so many places */
 };
 
@@ -48,9 +57,11 @@ struct model {
     const struct model_config *c;
     struct params *params;
     struct model_options o;
-    act *weights; grad *grads;            /* weights: all of the table, or of a streamed model what is not in blocks */
+    act *weights; grad *grads;            /* weights: home.device; of a model that trains, the table itself */
     struct weight_home home;
-    act *slot[STREAM_SLOTS]; int64_t streamed, entered;   /* streamed: blocks asked for and blocks begun since the start; block n is layer n mod L in slot n mod layer_slots */
+    struct layer_fp8 *fp8; struct fp8 dy8;          /* [L]; scratch for the gradient of a product's output */
+    struct fp8_census *census; bool count;          /* device, [CENSUS_COUNT]; count: what passes through products is counted there */
+    void *slot[STREAM_SLOTS]; int64_t streamed, entered;   /* streamed: blocks asked for and blocks begun since the start; block n is layer n mod L in slot n mod layer_slots */
     float *rope_cos, *rope_sin;           /* (max_doc, D/2) */
     struct layer_acts *acts;              /* [L] */
     act *qkv, *block_out;                 /* scratch (N, W), (N, C) */
@@ -68,6 +79,13 @@ struct model *model_new(struct backend *be, const struct model_config *c, const 
 void model_ready(struct model *m);        /* after the commit: fills the rotary table */
 void model_random_weights(struct model *m, uint64_t seed);      /* N(0, initializer_range) and so on: params_init */
 int  model_load_weights(struct model *m, const struct tensor_set *set, const char *where, const int *layer_of);   /* params_match's refusals */
+/* ERR_USAGE: this device, or these widths on it, have no products in fp8; `key` asked for them. */
+int  model_check_fp8(const struct backend *be, const struct model_config *c, const char *key);
+/* To be called when a training model's weights were set or moved: rounds them to fp8. Does nothing without o.fp8. */
+void model_weights_changed(struct model *m);
+/* What rounding does in a measured step: model_count_fp8() before it, model_read_census() after it (waits for the device). Zeros without o.fp8. */
+void model_count_fp8(struct model *m);
+void model_read_census(struct model *m, struct fp8_census census[CENSUS_COUNT]);
 void model_free(struct model *m);         /* NULL-safe; its memory belongs to the plan */
 size_t model_scratch_bytes(const struct model *m, int k);   /* what ops need for this model with k targets per token */
 

@@ -37,6 +37,8 @@ const struct option options[] = {
     TEXT  ("teacher.path", teacher_path, "", D | T | E | B | I, "Hugging Face directory of the teacher"),
     CHOICE("teacher.weights", teacher_weights, "auto", "auto|resident|streamed", D | B,
            "streamed: blocks wait in host memory and come onto the device one after another while it computes; auto: streamed where the device cannot hold them all"),
+    CHOICE("teacher.precision", teacher_precision, "native", "native|fp8", D | B,
+           "fp8: the matrices of the blocks, and what they multiply, are rounded to e4m3 with a scale per row; native: the device's type (cpu fp32, cuda bf16)"),
 
     CHOICE("student.init", student_init, "hf", "hf|checkpoint|scratch|teacher", D | T,
            "first weights: a Hugging Face directory, a checkpoint, random by student.config, or layers of the teacher"),
@@ -104,10 +106,13 @@ const struct option options[] = {
     WHOLE ("train.micro_rows", train_micro_rows, "4", 1, 65536, T | B, "rows of one forward and backward pass; gradients accumulate over batch_rows / micro_rows of them"),
     WHOLE ("train.chunk_tokens", train_chunk_tokens, "1024", 1, 1048576, T | E | B, "positions whose logits exist at one time"),
     CHOICE("train.recompute", train_recompute, "none", "none|swiglu_norm|ffn|block", T | B, "activations computed again in backward to save memory; the result is the same to the bit"),
+    CHOICE("train.matmul", train_matmul, "native", "native|fp8", T | B,
+           "fp8: the products of the blocks, forward and backward, of factors rounded to e4m3 with a scale per row; weights and moments stay what they are"),
     WHOLE ("train.eval_every", train_eval_every, "0", 0, MANY, T, "steps between evaluations on held-out rows; 0: none"),
     WHOLE ("train.checkpoint_every", train_checkpoint_every, "0", 0, MANY, T, "steps between checkpoints; 0: only at the end"),
     WHOLE ("train.keep_checkpoints", train_keep_checkpoints, "2", 1, 1e6, T, "older checkpoints are removed"),
     WHOLE ("train.log_every", train_log_every, "1", 1, MANY, T, "steps between progress lines and between measurements of KD's and CE's shares; metrics.jsonl has every step"),
+    SWITCH("train.deterministic", train_deterministic, "false", T | B, "cuda: a run repeated on the same card is the same to the bit; attention's backward is then many times slower. cpu: always so"),
     SWITCH("train.check_alignment", train_check_alignment, "true", T, "before the first step: the targets must make the next token likelier than the one before it and the one after it"),
 
     REAL  ("memory.limit_gib", memory_limit_gib, "0", 0, 1e6, D | T | E | B, "most memory the plan may take; 0: what the machine has"),
@@ -132,6 +137,7 @@ const struct option options[] = {
 
     WHOLE ("bench.steps", bench_steps, "20", 1, 1e6, B, "run at least this many steps"),
     REAL  ("bench.seconds", bench_seconds, "20", 0, 86400, B, "and at least this long; kernels: an op gets a fortieth of it, a product a tenth"),
+    REAL  ("bench.checkpoint_gib", bench_checkpoint_gib, "0", 0, 1000, B, "io: size of the checkpoint that is loaded, rounded down to whole layers; 0: what bench.seconds allows"),
     WHOLE ("bench.layers", bench_layers, "0", 0, 1000, B, "measure the shape with this many layers, where all of them do not fit; 0: as many as it has"),
 };
 const int option_count = sizeof options / sizeof *options;

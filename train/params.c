@@ -136,7 +136,14 @@ static bool is_skipped_layer(const struct params *t, const char *name, const int
     return true;
 }
 
-static bool holds_weights(enum dtype d) { return d == DTYPE_F32 || d == DTYPE_F16 || d == DTYPE_BF16; }
+static int check_type(const struct tensor_view *v, const char *where)
+{
+    if (v->dtype == DTYPE_F32 || v->dtype == DTYPE_F16 || v->dtype == DTYPE_BF16 || (v->dtype == DTYPE_F8_E4M3 && v->scale)) return OK;
+    if (v->dtype == DTYPE_F8_E4M3)
+        return fail(ERR_INPUT, "%s: tensor %s has type F8_E4M3 and no scale; it needs weight_scale or weight_scale_inv beside it and "
+                               "a quantization_config in config.json", where, v->name);
+    return fail(ERR_INPUT, "%s: tensor %s has type %s; weights are read from F32, F16, BF16 and F8_E4M3", where, v->name, dtype_name(v->dtype));
+}
 
 int params_match(const struct params *t, const struct tensor_set *set, const char *where, const int *layer_of, params_take *take, void *context)
 {
@@ -156,16 +163,16 @@ int params_match(const struct params *t, const struct tensor_set *set, const cha
             const struct tensor_view *v = tensor_set_find(set, name);
             if (!v) { rc = fail(ERR_INPUT, "%s: tensor %s is missing; config.json asks for it", where, name); goto out; }
             TRY(check_shape(v, p, part, where));
-            if (!holds_weights(v->dtype)) { rc = fail(ERR_INPUT, "%s: tensor %s has type %s; weights are read from F32, F16 and BF16", where, v->name, dtype_name(v->dtype)); goto out; }
+            TRY(check_type(v, where));
             TRY(take(context, v, p->offset + part->row * p->cols));
             for (int k = 0; k < n_tensors; k++) if (tensor_set_at(set, k) == v) used[k] = true;
         }
     for (int k = 0; k < n_tensors; k++) {
         const struct tensor_view *v = tensor_set_at(set, k);
-        if (used[k] || is_buffer(v->name) || is_skipped_layer(t, v->name, layer_of)) continue;
+        if (used[k] || v->is_scale || is_buffer(v->name) || is_skipped_layer(t, v->name, layer_of)) continue;
         if (t->head == t->embed && !strcmp(v->name, "lm_head.weight")) {
             const struct tensor_view *e = tensor_set_find(set, t->embed->part[0].name);
-            if (e->bytes == v->bytes && !memcmp(e->data, v->data, v->bytes)) continue;
+            if (tensor_same(e, v)) continue;
             rc = fail(ERR_INPUT, "%s: config.json ties the embeddings, but lm_head.weight differs from model.embed_tokens.weight; "
                                  "set tie_word_embeddings to false if the head is meant", where);
             goto out;

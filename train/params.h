@@ -49,7 +49,7 @@ void params_free(struct params *t);                                     /* NULL-
 void params_init(const struct params *t, struct backend *be, act *weights, uint64_t seed);
 
 /* take(context, tensor, offset of its first element) for every tensor of `set` in table order. ERR_INPUT, by name: missing, extra, misshapen, of a type
- * that holds no weights; a head that contradicts tied embeddings. `where` is for messages. layer_of maps a layer of this table to the layer it is
+ * that holds no weights (F8_E4M3 without a scale included); a head that contradicts tied embeddings. `where` is for messages. layer_of maps a layer of this table to the layer it is
  * read from (NULL: the same); layers of `set` that are not read are then no extra tensors. */
 typedef int params_take(void *context, const struct tensor_view *v, int64_t offset);
 int  params_match(const struct params *t, const struct tensor_set *set, const char *where, const int *layer_of, params_take *take, void *context);

@@ -81,8 +81,9 @@ static int plan_memory(struct dump *d)
     TRY(backend_open(&d->be, &device));
     struct dump_options o = {.kind = d->kind, .k = d->k, .draws = d->draws, .seed = (uint64_t)c->run_seed, .nT = d->nT, .Vv = d->Vv, .row_length = c->corpus_row_length, .batch_rows = c->dump_batch_rows, .chunk_tokens = c->dump_chunk_tokens,
                              .weights = !strcmp(c->teacher_weights, "resident") ? WEIGHTS_RESIDENT : !strcmp(c->teacher_weights, "streamed") ? WEIGHTS_STREAMED : WEIGHTS_AUTO,
-                             .memory_limit = (size_t)(c->memory_limit_gib * 0x1p30)};
+                             .memory_limit = (size_t)(c->memory_limit_gib * 0x1p30), .fp8 = !strcmp(c->teacher_precision, "fp8")};
     memcpy(o.temperatures, d->temperatures, sizeof o.temperatures);
+    if (o.fp8) TRY(model_check_fp8(d->be, d->files->config, "teacher.precision"));
     d->pipeline = dump_pipeline_new(d->be, d->files->config, &o);
 out:
     return rc;

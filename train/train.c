@@ -10,7 +10,7 @@
 #include "train/progress.h"
 #include "train/signals.h"
 
-struct step_stats { double loss, kd, ce, grad_norm, lr, kd_norm, ce_norm; int64_t targets; bool measured; };
+struct step_stats { double loss, kd, ce, grad_norm, lr, kd_norm, ce_norm; int64_t targets; bool measured; struct fp8_census census[CENSUS_COUNT]; };
 enum { ZERO_KD_STEPS = 3 };   /* a student that is the teacher may start at KL 0; it does not stay there while anything else moves it */
 
 /* Our own copy of a batch the loader will overwrite. */
@@ -87,7 +87,9 @@ static int train_step(struct trainer *t, struct step_stats *s)
     double divisor = s->targets ? (double)s->targets : 1;
     int64_t step = t->state.step + 1;
     s->measured = t->objective->measure = step % t->c->train_log_every == 0 || step == t->steps || t->zero_kd > 0;
+    if (s->measured) model_count_fp8(t->model);
     train_gradients(t->model, t->objective, t->batch, t->accum, divisor);
+    model_read_census(t->model, s->census);
     objective_read(t->objective, &s->kd, &s->ce);
     if (s->measured) objective_norms(t->objective, divisor, &s->kd_norm, &s->ce_norm);
     s->grad_norm = optimizer_norm(t->optimizer);
@@ -96,7 +98,10 @@ static int train_step(struct trainer *t, struct step_stats *s)
     s->loss = t->c->objective_kd_weight * s->kd + t->c->objective_ce_weight * s->ce;
     s->lr = schedule_lr(&t->schedule, t->state.step);
     TRY(check_numbers(t, s));
-    if (s->targets) optimizer_step(t->optimizer, t->state.step + 1, s->lr);
+    if (s->targets) {
+        optimizer_step(t->optimizer, t->state.step + 1, s->lr);
+        model_weights_changed(t->model);
+    }
 
     t->state.step++;
     t->state.tokens += t->accum * t->model->n;
@@ -148,16 +153,34 @@ static int evaluate_and_report(struct trainer *t)
     return metrics_write(t->metrics, t->state.step, values, 3);
 }
 
+/* What rounding to fp8 did to the inputs of the products and to the gradients of their outputs. Nothing can saturate (each row is scaled by its largest), so what is
+ * lost is what becomes 0. */
+static int add_census(struct metric *values, const struct fp8_census *census)
+{
+    static const char *const tags[CENSUS_COUNT][3] = {{"fp8/activation_largest", "fp8/activation_zero_share", "fp8/activation_rows_not_finite"}, {"fp8/gradient_largest", "fp8/gradient_zero_share", "fp8/gradient_rows_not_finite"}};
+    int n = 0;
+    for (int i = 0; i < CENSUS_COUNT; i++) {
+        const struct fp8_census *s = &census[i];
+        values[n++] = (struct metric){tags[i][0], s->largest};
+        values[n++] = (struct metric){tags[i][1], s->elements > 0 ? s->zeros / s->elements : 0};
+        values[n++] = (struct metric){tags[i][2], s->not_finite};
+    }
+    return n;
+}
+
 static int report_step(struct trainer *t, const struct step_stats *s, double rate, double eta)
 {
     double both = s->kd_norm + s->ce_norm, kd_share = both > 0 ? s->kd_norm / both : 0, ce_share = both > 0 ? s->ce_norm / both : 0;
-    const struct metric values[] = {{"train/loss", s->loss}, {"train/kd", s->kd}, {"train/ce", s->ce}, {"train/grad_norm", s->grad_norm}, {"train/lr", s->lr},
+    enum { ALWAYS = 8, MEASURED = 4 };
+    struct metric values[ALWAYS + MEASURED + 3 * CENSUS_COUNT] = {{"train/loss", s->loss}, {"train/kd", s->kd}, {"train/ce", s->ce}, {"train/grad_norm", s->grad_norm}, {"train/lr", s->lr},
                                     {"train/tokens_per_second", rate}, {"train/loader_wait_seconds", loader_wait_seconds(t->loader)}, {"train/tokens", (double)t->state.tokens},
                                     {"train/kd_norm", s->kd_norm}, {"train/ce_norm", s->ce_norm}, {"train/kd_share", kd_share}, {"train/ce_share", ce_share}};
     if (t->state.step % t->c->train_log_every == 0 || t->state.step == t->steps)
         progress("step %lld/%lld  loss %.4f  kd %.4f (%.0f %%)  ce %.4f (%.0f %%)  |g| %.3f  lr %.2e  %.0f tok/s  waited %.1fs  eta %s", (long long)t->state.step, (long long)t->steps, s->loss,
                  s->kd, 100 * kd_share, s->ce, 100 * ce_share, s->grad_norm, s->lr, rate, loader_wait_seconds(t->loader), duration_text(eta));
-    return metrics_write(t->metrics, t->state.step, values, sizeof values / sizeof *values - (s->measured ? 0 : 4));
+    int n = s->measured ? ALWAYS + MEASURED : ALWAYS;
+    if (s->measured && t->model->o.fp8) n += add_census(values + n, s->census);
+    return metrics_write(t->metrics, t->state.step, values, n);
 }
 
 static int save(struct trainer *t)

@@ -112,15 +112,16 @@ static int plan_memory(struct trainer *t)
 {
     static const char *const recompute[] = {[RECOMPUTE_NONE] = "none", [RECOMPUTE_SWIGLU_NORM] = "swiglu_norm", [RECOMPUTE_FFN] = "ffn", [RECOMPUTE_BLOCK] = "block", NULL};
     const struct config *c = t->c;
-    struct backend_options device = {.device = c->run_device, .threads = (int)c->run_threads};
+    struct backend_options device = {.device = c->run_device, .threads = (int)c->run_threads, .deterministic = c->train_deterministic};
     int rc = OK;
     TRY(backend_open(&t->be, &device));
-    t->plan = memory_plan_new(t->be);
     int64_t N = c->train_micro_rows * t->row_length;
     struct model_options o = {.N = N, .max_doc = t->row_length, .head_rows = c->train_chunk_tokens < N ? c->train_chunk_tokens : N, .train = true,
-                              .recompute = choice(c->train_recompute, recompute)};
+                              .recompute = choice(c->train_recompute, recompute), .fp8 = !strcmp(c->train_matmul, "fp8")};
+    if (o.fp8) TRY(model_check_fp8(t->be, t->student->config, "train.matmul"));
     struct adamw_args adamw = {.beta1 = c->optimizer_beta1, .beta2 = c->optimizer_beta2, .eps = c->optimizer_eps, .weight_decay = c->optimizer_weight_decay, .clip = c->optimizer_clip,
                                .seed = (uint64_t)c->run_seed};
+    t->plan = memory_plan_new(t->be);
     t->model = model_new(t->be, t->student->config, &o, t->plan);
     t->objective = objective_new(t->model, &t->loss, t->Vv, t->target_kind, t->k, t->plan);
     t->optimizer = optimizer_new(t->model, &adamw, t->plan);
@@ -242,6 +243,7 @@ int trainer_open(struct trainer **out, const struct config *c, bool plan_only)
         optimizer_ready(t->optimizer);
         TRY(lock_run_dir(t));
         TRY(start_or_resume(t));
+        model_weights_changed(t->model);
         TRY(open_run_dir(t));
         t->batch = xcalloc((size_t)t->accum, sizeof *t->batch);
         for (int i = 0; i < t->accum; i++) t->batch[i] = batch_new(c->train_micro_rows, t->row_length, t->dataset ? shard_dataset_manifest(t->dataset) : NULL, t->target_kind == TARGET_SAMPLES);

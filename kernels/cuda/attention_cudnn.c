@@ -5,7 +5,11 @@
  *
  * Packed layout: a tensor is (slots, heads, longest, D) with token stride `row` and a ragged tensor of element offsets doc_begin * row;
  * unused slots have length 0. A gradient must have its input's layout and ragged tensor, scratch that of its gradient: otherwise cuDNN
- * accepts the graph and computes something else. Planes of q, k and v keep that scratch at N Hq D elements. */
+ * accepts the graph and computes something else. Planes of q, k and v keep that scratch at N Hq D elements.
+ *
+ * The backward's sum over keys, dq, is in whatever order its blocks finish: two runs over a document of several tiles may differ in the last bit. cuDNN has no attribute
+ * against that; a graph whose last product writes dq directly is deterministic and takes slots Hq longest^2 bf16 of workspace (1 GiB for one document of
+ * 4096 at 32 heads), which is not built here: a deterministic backend takes the plain kernels of attention.cu for backward. */
 #include <math.h>
 #include <string.h>
 
@@ -443,6 +447,7 @@ bool cuda_attention_cudnn_forward(struct backend *be, act *o, float *lse, const 
 bool cuda_attention_cudnn_backward(struct backend *be, act *dq, act *dk, act *dv, const act *d_o, const act *o, const float *lse, const act *q, const act *k, const act *v,
                                    const struct attention_args *a)
 {
+    if (cuda_state_of(be)->deterministic) return false;         /* dq is added up with atomics */
     struct attention_plan *p = plan_for(be, a, true);
     if (!p) return false;
     struct bindings b = {.n = 0};

@@ -233,6 +233,7 @@ int cuda_backend_open(struct backend **out, const struct backend_options *o)
     struct backend *be = xcalloc(1, sizeof *be);
     *be = (struct backend){.name = "cuda", .ops = &cuda_ops, .fp8 = true, .fp8_multiple = CUDA_FP8_MULTIPLE, .state = s, .description = s->description};
     TRY(choose_types(be, o));
+    s->deterministic = o->deterministic;
     cudaError_t code = cudaGetDeviceCount(&devices);
     if (code != cudaSuccess || !devices) {
         rc = fail(ERR_USAGE, "device cuda: no usable GPU here (%s); use device cpu", code != cudaSuccess ? cudaGetErrorString(code) : "no device");

@@ -17,6 +17,7 @@ struct product_plan;        /* linear.c: a shape's descriptors and algorithm */
 struct attention_plan;      /* attention_cudnn.c: a shape's execution plan */
 
 struct cuda_state {
+    bool deterministic;                             /* as in backend_options */
     int device, sms;                                /* multiprocessors: what persistent grids are sized by */
     cudaStream_t stream;
     cublasLtHandle_t blas;

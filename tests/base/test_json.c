@@ -95,3 +95,22 @@ Test(json, files_keep_numbers)
     json_decref(o);
     cr_assert_eq(dir_remove_tree(dir), OK);
 }
+
+Test(json, values_in_messages)
+{
+    static const struct { const char *text; bool nothing; } cases[] = {{"null", true}, {"false", true}, {"{}", true}, {"[]", true}, {"true", false}, {"0", false}, {"\"\"", false}, {"[0]", false}};
+    char text[80], *list = xasprintf("[%0200d]", 7);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        json_t *v;
+        cr_assert_eq(json_read_text(cases[i].text, strlen(cases[i].text), "t", &v), OK);
+        cr_expect_eq(json_says_nothing(v), cases[i].nothing, "%s", cases[i].text);
+        cr_expect_str_eq(json_shown(v, text), cases[i].text);
+        json_decref(v);
+    }
+    memset(list + 1, '1', 200);
+    json_t *one = json_pack("[s]", list);
+    cr_expect_eq(strlen(json_shown(one, text)), 79);
+    cr_expect_str_eq(text + 76, "...");
+    json_decref(one);
+    free(list);
+}

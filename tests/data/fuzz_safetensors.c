@@ -1,6 +1,6 @@
 /* libFuzzer target: safetensors files, headers and indexes. The first byte picks what the rest is:
  *     0   a whole file          1   the text of a header, with its length in front and data behind          2   an index of two files
- * Whatever opens is read to the end: every view must lie in its mapping. */
+ * Whatever opens is read to the end, with the scales that its names ask for: every view must lie in its mapping. */
 #include <stdint.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -37,14 +37,19 @@ static void read_all(const char *path)
     char hex[65];
     float values[64];
     if (tensor_set_open(&s, path) != OK) return;
+    tensor_set_hash(s, hex);
+    /* as if config.json had said so: which of the kinds, and blocks of 1 to 16, by what the file holds */
+    struct quantization q = {.scales = (enum scale_kind)(hex[0] & 3), .block_rows = 1 + (hex[1] & 15), .block_cols = 1 + (hex[2] & 15), .method = "fuzz"};
+    bool bound = tensor_set_bind_scales(s, &q, path) == OK;
     for (int i = 0; i < tensor_set_count(s); i++) {
         const struct tensor_view *v = tensor_set_at(s, i);
         CHECK(v->count >= 0 && (uint64_t)v->count * dtype_bytes(v->dtype) == v->bytes, "tensor %s has a wrong size", v->name);
         CHECK(tensor_set_find(s, v->name) == v, "tensor %s is not found", v->name);
+        CHECK(!v->scale || v->dtype == DTYPE_F8_E4M3, "tensor %s is scaled", v->name);
+        if (bound && v->scale && q.scales != SCALE_BLOCK) tensor_row_scales(v, v->n_dims == 2 ? v->shape[0] - 1 : 0, 1, values);
         if (v->count) (void)tensor_to_float(v, v->count - 1, 1, values);
         (void)tensor_to_float(v, 0, v->count < 64 ? v->count : 64, values);
     }
-    tensor_set_hash(s, hex);
     tensor_set_close(s);
 }
 

@@ -318,7 +318,7 @@ Test(model_config, refuses_by_name)
         {"{\"rms_norm_eps\":\"1e-6\"}", "\"rms_norm_eps\" is \"1e-6\""}, {"{\"initializer_range\":2}", "\"initializer_range\" is 2"}, {"{\"hidden_act\":\"gelu\"}", "\"hidden_act\" is \"gelu\""},
         {"{\"hidden_act\":3}", "\"hidden_act\" is not a string"}, {"{\"attention_bias\":1}", "\"attention_bias\" is not true or false"}, {"{\"tie_word_embeddings\":\"no\"}", "\"tie_word_embeddings\""},
         {"{\"attention_dropout\":0.1}", "\"attention_dropout\" is 0.1"}, {"{\"pretraining_tp\":2}", "\"pretraining_tp\" is 2"}, {"{\"partial_rotary_factor\":0.5}", "\"partial_rotary_factor\" is 0.5"},
-        {"{\"quantization_config\":{\"quant_method\":\"fp8\"}}", "\"quantization_config\" is {\"quant_method\":\"fp8\"}: the weights are quantised"},
+        {"{\"quantization_config\":{\"quant_method\":\"gptq\"}}", "\"quantization_config.quant_method\" is \"gptq\""},
         {"{\"compression_config\":{\"a\":1}}", "\"compression_config\""}, {"{\"auto_map\":{\"AutoModel\":\"x.Y\"}}", "\"auto_map\""},
         {"{\"final_logit_softcapping\":30.0}", "\"final_logit_softcapping\" is 30"}, {"{\"attn_logit_softcapping\":50}", "\"attn_logit_softcapping\""},
         {"{\"logits_scaling\":8.0}", "\"logits_scaling\" is 8.0"}, {"{\"residual_multiplier\":0.22}", "\"residual_multiplier\""}, {"{\"attention_multiplier\":0.01}", "\"attention_multiplier\""},
@@ -360,6 +360,85 @@ Test(model_config, refuses_by_name)
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) expect_refusal(tiny, cases[i].changes, cases[i].part);
     expect_refusal("[]", "{}", "is not a JSON object");
+}
+
+/* ---- quantization_config ---- */
+
+#define QUANTISED(members) "{\"quantization_config\":{" members "}}"
+#define GROUP(weights) "\"config_groups\":{\"group_0\":{\"targets\":[\"Linear\"],\"input_activations\":{\"dynamic\":true,\"num_bits\":8,\"strategy\":\"token\",\"type\":\"float\"},\"output_activations\":null,\"weights\":{" weights "}}}"
+#define COMPRESSED(format, weights) QUANTISED("\"quant_method\":\"compressed-tensors\",\"format\":\"" format "\",\"ignore\":[\"lm_head\"],\"kv_cache_scheme\":null,\"quantization_status\":\"compressed\"," GROUP(weights))
+#define E4M3_WEIGHTS "\"num_bits\":8,\"type\":\"float\",\"symmetric\":true,\"dynamic\":false,\"observer\":\"minmax\",\"observer_kwargs\":{},\"actorder\":null,\"group_size\":null,"
+#define DEEPSEEK "\"quant_method\":\"fp8\",\"activation_scheme\":\"dynamic\",\"fmt\":\"e4m3\",\"weight_block_size\":[128,128]"
+
+/* As DeepSeek-V3, Qwen3-FP8, AutoFP8, llm-compressor, Llama 3.1 405B FP8 and ModelOpt write it. */
+Test(model_config, quantisation_that_is_known)
+{
+    static const struct { const char *changes, *method; enum scale_kind scales; int64_t rows, cols; } cases[] = {
+        {"{}", NULL, SCALE_NONE, 0, 0}, {"{\"quantization_config\":{}}", NULL, SCALE_NONE, 0, 0},
+        {QUANTISED(DEEPSEEK), "fp8", SCALE_BLOCK, 128, 128}, {QUANTISED(DEEPSEEK ",\"scale_fmt\":\"ue8m0\""), "fp8", SCALE_BLOCK, 128, 128},
+        {QUANTISED(DEEPSEEK ",\"modules_to_not_convert\":[\"lm_head\",\"model.layers.0.input_layernorm\"]"), "fp8", SCALE_BLOCK, 128, 128},
+        {QUANTISED("\"quant_method\":\"fp8\",\"weight_block_size\":[1,64]"), "fp8", SCALE_BLOCK, 1, 64},
+        {QUANTISED("\"quant_method\":\"fp8\",\"activation_scheme\":\"static\",\"ignored_layers\":[\"lm_head\"],\"kv_cache_scheme\":\"static\""), "fp8", SCALE_TENSOR, 0, 0},
+        {QUANTISED("\"quant_method\":\"fp8\",\"weight_block_size\":null,\"dequantize\":true"), "fp8", SCALE_TENSOR, 0, 0},
+        {COMPRESSED("float-quantized", E4M3_WEIGHTS "\"strategy\":\"channel\",\"block_structure\":null"), "compressed-tensors", SCALE_ROW, 0, 0},
+        {COMPRESSED("naive-quantized", E4M3_WEIGHTS "\"strategy\":\"tensor\""), "compressed-tensors", SCALE_TENSOR, 0, 0},
+        {COMPRESSED("float-quantized", E4M3_WEIGHTS "\"strategy\":\"block\",\"block_structure\":[128,64]"), "compressed-tensors", SCALE_BLOCK, 128, 64},
+        {QUANTISED("\"quant_method\":\"fbgemm_fp8\",\"activation_scale_ub\":1200.0,\"modules_to_not_convert\":[\"model.layers.0.mlp.down_proj\"]"), "fbgemm_fp8", SCALE_ROW, 0, 0},
+        {QUANTISED("\"quant_method\":\"modelopt\",\"quant_algo\":\"FP8\",\"ignore\":[\"lm_head\"],\"producer\":{\"name\":\"modelopt\"},\"kv_cache_scheme\":{\"num_bits\":8},"
+                   "\"config_groups\":{\"group_0\":{\"targets\":[\"Linear\"],\"input_activations\":{\"num_bits\":8},\"weights\":{\"dynamic\":false,\"num_bits\":8,\"type\":\"float\"}}}"), "modelopt", SCALE_TENSOR, 0, 0},
+        {QUANTISED("\"quant_method\":\"modelopt\",\"quant_algo\":\"FP8\",\"kv_cache_quant_algo\":\"FP8\",\"exclude_modules\":[\"lm_head\"]"), "modelopt", SCALE_TENSOR, 0, 0},
+    };
+    struct model_config *plain = read_changed(tiny, "{}");
+    char hash[65], plain_hash[65];
+    model_config_hash(plain, plain_hash);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        struct model_config *c = read_changed(tiny, cases[i].changes);
+        const struct quantization *q = &c->quantization;
+        cr_expect(q->scales == cases[i].scales && q->block_rows == cases[i].rows && q->block_cols == cases[i].cols, "%s", cases[i].changes);
+        cr_expect(cases[i].method ? q->method && !strcmp(q->method, cases[i].method) : !q->method, "%s", cases[i].changes);
+        model_config_hash(c, hash);
+        cr_expect_str_eq(hash, plain_hash, "the model is the same, however its weights are stored");
+        json_t *written = model_config_to_json(c, "bfloat16");
+        cr_expect_null(json_object_get(written, "quantization_config"), "what is written is not quantised");
+        json_decref(written);
+        model_config_free(c);
+    }
+    model_config_free(plain);
+}
+
+Test(model_config, quantisation_that_is_refused_by_name)
+{
+    static const struct { const char *changes, *part; } cases[] = {
+        {"{\"quantization_config\":3}", "\"quantization_config\" is 3"}, {QUANTISED("\"bits\":4"), "\"quantization_config.quant_method\" is missing"},
+        {QUANTISED("\"quant_method\":\"awq\",\"bits\":4"), "\"quantization_config.quant_method\" is \"awq\"; fp8, compressed-tensors, fbgemm_fp8 and modelopt"},
+        {QUANTISED("\"quant_method\":\"bitsandbytes\",\"load_in_8bit\":true"), "is \"bitsandbytes\""}, {QUANTISED("\"quant_method\":\"mxfp4\""), "is \"mxfp4\""},
+        {QUANTISED("\"quant_method\":\"fp8\",\"fmt\":\"e5m2\""), "\"quantization_config.fmt\" is \"e5m2\"; weights are read from e4m3"},
+        {QUANTISED("\"quant_method\":\"fp8\",\"expert_dtype\":\"fp4\""), "expert_dtype"}, {QUANTISED("\"quant_method\":\"fp8\",\"scale_fmt\":\"e5m3\""), "scale_fmt"},
+        {QUANTISED("\"quant_method\":\"fp8\",\"weight_block_size\":[128]"), "\"quantization_config.weight_block_size\" is [128]"},
+        {QUANTISED("\"quant_method\":\"fp8\",\"weight_block_size\":[128,0]"), "[128,0]"}, {QUANTISED("\"quant_method\":\"fp8\",\"weight_block_size\":[128.5,128]"), "[128.5,128]"},
+        {QUANTISED("\"quant_method\":\"fp8\",\"weight_block_size\":128"), "is 128"}, {QUANTISED("\"quant_method\":\"fp8\",\"weight_block_size\":[-1,1048577]"), "[-1,1048577]"},
+        {QUANTISED(DEEPSEEK ",\"rotation\":\"hadamard\""), "\"quantization_config.rotation\" is \"hadamard\"; this program does not know it"},
+        {QUANTISED("\"quant_method\":\"compressed-tensors\",\"format\":\"float-quantized\""), "\"quantization_config.config_groups\" is missing"},
+        {QUANTISED("\"quant_method\":\"compressed-tensors\"," GROUP(E4M3_WEIGHTS "\"strategy\":\"channel\"")), "\"quantization_config.format\" is missing"},
+        {COMPRESSED("int-quantized", E4M3_WEIGHTS "\"strategy\":\"channel\""), "\"quantization_config.format\" is \"int-quantized\""},
+        {COMPRESSED("pack-quantized", "\"num_bits\":4,\"type\":\"int\""), "pack-quantized"}, {COMPRESSED("mixed-precision", E4M3_WEIGHTS "\"strategy\":\"channel\""), "mixed-precision"},
+        {COMPRESSED("float-quantized", "\"num_bits\":4,\"type\":\"float\",\"strategy\":\"channel\""), "\"quantization_config.config_groups.group_0.weights.num_bits\" is 4"},
+        {COMPRESSED("float-quantized", "\"num_bits\":8,\"type\":\"int\",\"strategy\":\"channel\""), "weights.type\" is \"int\""},
+        {COMPRESSED("float-quantized", "\"num_bits\":8,\"strategy\":\"channel\""), "weights.type\" is missing"},
+        {COMPRESSED("float-quantized", "\"num_bits\":8,\"type\":\"float\",\"strategy\":\"channel\",\"symmetric\":false"), "weights.symmetric\" is false; zero points"},
+        {COMPRESSED("float-quantized", "\"num_bits\":8,\"type\":\"float\",\"strategy\":\"channel\",\"dynamic\":true"), "weights.dynamic\" is true"},
+        {COMPRESSED("float-quantized", E4M3_WEIGHTS "\"strategy\":\"group\""), "weights.strategy\" is \"group\""}, {COMPRESSED("float-quantized", "\"num_bits\":8,\"type\":\"float\",\"group_size\":128,\"strategy\":\"channel\""), "weights.group_size\" is 128"},
+        {COMPRESSED("float-quantized", E4M3_WEIGHTS "\"strategy\":\"block\""), "weights.block_structure\" is missing"}, {COMPRESSED("float-quantized", E4M3_WEIGHTS "\"strategy\":\"block\",\"block_structure\":\"128x128\""), "\"128x128\""},
+        {QUANTISED("\"quant_method\":\"compressed-tensors\",\"format\":\"float-quantized\",\"config_groups\":{\"FP8\":[\"Linear\"]}"), "\"quantization_config.config_groups.FP8\" is [\"Linear\"]"},
+        {QUANTISED("\"quant_method\":\"compressed-tensors\",\"format\":\"float-quantized\",\"config_groups\":{\"g\":{\"weights\":null}}"), "\"quantization_config.config_groups.g.weights\" is missing"},
+        {QUANTISED("\"quant_method\":\"compressed-tensors\",\"format\":\"float-quantized\",\"config_groups\":{\"a\":{\"weights\":{\"num_bits\":8,\"type\":\"float\",\"strategy\":\"channel\"}},"
+                   "\"b\":{\"weights\":{\"num_bits\":8,\"type\":\"float\",\"strategy\":\"tensor\"}}}"), "in different ways"},
+        {QUANTISED("\"quant_method\":\"compressed-tensors\",\"format\":\"float-quantized\",\"sparsity_config\":{\"format\":\"sparse-24-bitmask\"}," GROUP(E4M3_WEIGHTS "\"strategy\":\"channel\"")), "sparsity_config"},
+        {QUANTISED("\"quant_method\":\"compressed-tensors\",\"format\":\"float-quantized\",\"transform_config\":{\"config_groups\":{\"u\":{}}}," GROUP(E4M3_WEIGHTS "\"strategy\":\"channel\"")), "transform_config"},
+        {QUANTISED("\"quant_method\":\"modelopt\",\"quant_algo\":\"NVFP4\""), "\"quantization_config.quant_algo\" is \"NVFP4\"; FP8 is known"}, {QUANTISED("\"quant_method\":\"modelopt\""), "quant_algo\" is missing"},
+        {QUANTISED("\"quant_method\":\"modelopt\",\"quant_algo\":\"FP8\"," GROUP("\"num_bits\":4,\"type\":\"float\"")), "num_bits\" is 4"},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) expect_refusal(tiny, cases[i].changes, cases[i].part);
 }
 
 Test(model_config, files)

@@ -509,6 +509,9 @@ Test(safetensors, streams_large_tensors)
     cr_assert_eq(tensor_set_open(&s, in_dir("t.safetensors")), OK);
     const unsigned char *p = tensor_set_at(s, 0)->data;
     for (size_t i = 0; i < tensor_set_at(s, 0)->bytes; i++) cr_assert_eq(p[i], (unsigned char)(16 * 'w' + i));
+    float read[1000];
+    cr_assert_eq(tensor_read(s, tensor_set_at(s, 0), 3 << 20, 1000, read), OK);
+    cr_expect_arr_eq(read, (const char *)p + ((size_t)3 << 22), sizeof read);
     tensor_set_close(s);
 }
 

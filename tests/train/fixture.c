@@ -34,11 +34,11 @@ void fixture_open(struct fixture *f, const struct fixture_options *o)
     char *more = xasprintf("{\"tie_word_embeddings\": %s%s%s}", o->tie ? "true" : "false", o->more ? ", " : "", o->more ? o->more : "");
     f->config = fixture_config(o->architecture, more);
     free(more);
-    struct backend_options device = {.device = "cpu", .exact_rows = o->exact_rows};
+    struct backend_options device = {.device = o->device ? o->device : "cpu", .precision = o->precision, .deterministic = o->deterministic, .exact_rows = o->exact_rows};
     cr_assert_eq(backend_open(&f->be, &device), OK, "%s", fail_message());
     f->plan = memory_plan_new(f->be);
     int64_t N = o->rows * o->length;
-    struct model_options m = {.N = N, .max_doc = o->length, .head_rows = o->head_rows ? o->head_rows : N, .train = true, .recompute = o->recompute};
+    struct model_options m = {.N = N, .max_doc = o->length, .head_rows = o->head_rows ? o->head_rows : N, .train = true, .recompute = o->recompute, .fp8 = o->fp8};
     struct adamw_args adamw = {.beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8, .weight_decay = 0.1, .clip = 1};
     f->model = model_new(f->be, f->config, &m, f->plan);
     f->objective = objective_new(f->model, &o->loss, FIXTURE_VOCAB - 2, o->kind, o->k, f->plan);
@@ -48,6 +48,7 @@ void fixture_open(struct fixture *f, const struct fixture_options *o)
     model_ready(f->model);
     optimizer_ready(f->optimizer);
     params_init(f->model->params, f->be, f->model->weights, o->seed);
+    model_weights_changed(f->model);
 }
 
 void fixture_close(struct fixture *f)
@@ -96,10 +97,23 @@ struct batch *fixture_batch(int64_t rows, int64_t length, const int *documents, 
     return b;
 }
 
+struct batch *fixture_rows(const struct batch *all, int64_t first, int64_t rows, const int *documents)
+{
+    struct batch *b = fixture_batch(rows, all->length, documents, all->k, 0);
+    size_t at = (size_t)(first * all->length), n = (size_t)b->n, k = (size_t)all->k;
+    memcpy(b->tokens, all->tokens + at, n * sizeof *b->tokens);
+    memcpy(b->labels, all->labels + at, n * sizeof *b->labels);
+    if (!k) return b;
+    memcpy(b->head_ids, all->head_ids + at * k, n * k * sizeof *b->head_ids);
+    memcpy(b->head_logprob, all->head_logprob + at * k, n * k * sizeof *b->head_logprob);
+    memcpy(b->tail_logmass, all->tail_logmass + at, n * sizeof *b->tail_logmass);
+    return b;
+}
+
 float *fixture_gradients(struct fixture *f, const struct batch *b, double targets, double *kd, double *ce)
 {
     struct model *m = f->model;
-    f->be->ops->fill_zero(f->be, m->grads, (size_t)m->params->total * sizeof(float));
+    f->be->ops->fill_zero(f->be, m->grads, (size_t)m->params->total * dtype_width(f->be->grad_dtype));
     objective_reset(f->objective);
     model_set_batch(m, b);
     model_forward(m);

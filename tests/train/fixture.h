@@ -1,4 +1,4 @@
-/* A tiny random model on the CPU backend, ready to run: what the tests of train/ start from. */
+/* A tiny random model, ready to run, on the CPU unless a test asks for another device: what the tests of train/ start from. */
 #ifndef TESTS_TRAIN_FIXTURE_H
 #define TESTS_TRAIN_FIXTURE_H
 
@@ -24,7 +24,10 @@ struct fixture_options {
     enum target_kind kind; int k;
     struct distill_args loss;
     uint64_t seed;
+    bool fp8;
     bool exact_rows;                 /* as a teacher in a dump computes: the same bits in any batch */
+    const char *device, *precision;  /* as in backend_options, with deterministic; device NULL: cpu */
+    bool deterministic;
 };
 
 enum { FIXTURE_VOCAB = 61 };         /* not a multiple of anything */
@@ -35,6 +38,8 @@ void fixture_open(struct fixture *f, const struct fixture_options *o);
 void fixture_close(struct fixture *f);
 /* Rows of random tokens with documents of the given lengths (0-terminated, must fill a row); top-k targets of a random teacher when k > 0. */
 struct batch *fixture_batch(int64_t rows, int64_t length, const int *documents, int k, uint64_t seed);
+/* Rows [first, first + rows) of a batch whose rows all hold the same documents, as a batch of their own. */
+struct batch *fixture_rows(const struct batch *all, int64_t first, int64_t rows, const int *documents);
 /* Zero gradients, forward, objective, backward; returns the loss sums divided by `targets`, gradients downloaded into grads (malloc'd, total floats). */
 float *fixture_gradients(struct fixture *f, const struct batch *b, double targets, double *kd, double *ce);
 

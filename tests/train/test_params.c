@@ -8,6 +8,7 @@
 
 #include "base/error.h"
 #include "base/file.h"
+#include "base/fp8.h"
 #include "base/half.h"
 #include "tests/compare.h"
 #include "tests/train/fixture.h"
@@ -226,7 +227,7 @@ static void close_all(void) { backend_close(be); dir_remove_tree(dir); }
 TestSuite(params_load, .init = open_all, .fini = close_all);
 
 /* A file with every tensor of a table, its element i of tensor n being value(n, i); `change` may alter the list before it is written. */
-struct file { struct tensor_spec spec[64]; int n; };
+struct file { struct tensor_spec spec[96]; int n; };
 
 static float value_of(const char *name, int64_t i)
 {
@@ -234,6 +235,9 @@ static float value_of(const char *name, int64_t i)
     for (const char *s = name; *s; s++) h = fmodf(h * 31 + (float)*s, 251);
     return (h + (float)(i % 97)) / 16;                       /* 12 bits: exact in f16; in bf16 rounded */
 }
+
+/* of an fp8 tensor; no NaN */
+static unsigned char byte_of(const char *name, int64_t i) { return (unsigned char)((int64_t)value_of(name, i) * 5 + i) & 0xbf; }
 
 static int collect(void *context, const char *name, int n_dims, const int64_t *shape, int64_t offset)
 {
@@ -253,6 +257,7 @@ static int fill(void *context, const struct tensor_spec *spec, size_t offset, si
         uint16_t half = spec->dtype == DTYPE_F16 ? f16_from_float(v) : bf16_from_float(v);
         int32_t whole = (int32_t)v;
         if (width == 2) memcpy((char *)out + 2 * i, &half, 2);
+        else if (width == 1) ((unsigned char *)out)[i] = byte_of(spec->name, (int64_t)(offset + i));
         else if (spec->dtype == DTYPE_F32) memcpy((char *)out + 4 * i, &v, 4);
         else memcpy((char *)out + 4 * i, &whole, 4);
     }
@@ -316,11 +321,38 @@ Test(params_load, every_tensor_lands_in_its_place_from_three_types)
             cr_assert_eq(params_load(t, be, (act *)w, set, "here", NULL), OK, "%s", fail_message());
             struct loaded x = {w, types[d] == DTYPE_BF16 ? through_bf16 : as_is};
             params_each(t, expect_loaded, &x);
+            /* by several threads: written where it stays, and through buffers as for a device with a memory of its own */
+            for (int apart = 0; apart < 2; apart++) {
+                struct backend device = *be;
+                struct weight_home home = {.device = (act *)w};
+                device.host_memory = !apart;
+                fill_nan(w, t->total);
+                cr_assert_eq(weights_load(t, &device, &home, set, "here", NULL), OK, "%s", fail_message());
+                params_each(t, expect_loaded, &x);
+            }
             free(w);
             tensor_set_close(set);
             params_free(t);
             model_config_free(c);
         }
+}
+
+/* A file that loses its end between opening and loading is an error with its name. */
+Test(params_load, a_file_cut_after_it_was_opened)
+{
+    struct model_config *c;
+    struct params *t = params_of(&table[0], &c);
+    struct file f = file_of(t);
+    struct tensor_set *set = write_and_open(&f);
+    float *w = new_poisoned(t->total);
+    struct weight_home home = {.device = (act *)w};
+    cr_assert_eq(truncate(tensor_set_file_path(set, 0), path_size(tensor_set_file_path(set, 0)) - 4), 0);
+    cr_expect_eq(weights_load(t, be, &home, set, "here", NULL), ERR_INPUT);
+    cr_expect(strstr(fail_message(), tensor_set_file_path(set, 0)) && strstr(fail_message(), "ends early"), "%s", fail_message());
+    free(w);
+    tensor_set_close(set);
+    params_free(t);
+    model_config_free(c);
 }
 
 /* One fault each, and the words its message must have. */
@@ -344,6 +376,10 @@ static void fault_dimensions(struct file *f) { struct tensor_spec *s = find(f, "
 static void fault_flat(struct file *f) { struct tensor_spec *s = find(f, "model.layers.0.self_attn.q_proj.weight"); s->n_dims = 1; s->shape[0] = 576; }
 static void fault_scalar(struct file *f) { find(f, "model.norm.weight")->n_dims = 0; }
 static void fault_eight(struct file *f) { struct tensor_spec *s = find(f, "model.norm.weight"); s->n_dims = 8; for (int i = 1; i < 8; i++) s->shape[i] = 1; }
+static void fault_no_scale(struct file *f) { find(f, "model.layers.0.self_attn.o_proj.weight")->dtype = DTYPE_F8_E4M3; }
+static void fault_norm_without_scale(struct file *f) { find(f, "model.norm.weight")->dtype = DTYPE_F8_E4M3; }
+static void fault_embedding_without_scale(struct file *f) { find(f, "model.embed_tokens.weight")->dtype = DTYPE_F8_E4M3; }
+static void fault_e5m2(struct file *f) { find(f, "model.layers.0.self_attn.o_proj.weight")->dtype = DTYPE_F8_E5M2; }
 static void fault_integer(struct file *f) { find(f, "model.layers.0.self_attn.o_proj.weight")->dtype = DTYPE_I32; }
 
 Test(params_load, faults_are_refused_by_name)
@@ -355,7 +391,9 @@ Test(params_load, faults_are_refused_by_name)
         {fault_extra_scale, {"weight_scale_inv", "belongs to no part"}}, {fault_rows, {"mlp.up_proj.weight", "[41, 24]", "[40, 24]"}},
         {fault_columns, {"k_proj.weight", "[12, 25]", "[12, 24]"}}, {fault_transposed, {"down_proj.weight", "[40, 24]", "[24, 40]"}},
         {fault_dimensions, {"model.norm.weight", "[24, 1]", "[24]"}}, {fault_flat, {"q_proj.weight", "[576]", "[24, 24]"}}, {fault_scalar, {"model.norm.weight", "[]", "[24]"}},
-        {fault_eight, {"model.norm.weight", "1, 1", "[24]"}}, {fault_integer, {"o_proj.weight", "I32"}}};
+        {fault_eight, {"model.norm.weight", "1, 1", "[24]"}}, {fault_integer, {"o_proj.weight", "I32"}},
+        {fault_no_scale, {"o_proj.weight", "F8_E4M3", "no scale"}}, {fault_norm_without_scale, {"model.norm.weight", "no scale"}}, {fault_embedding_without_scale, {"embed_tokens.weight", "no scale"}},
+        {fault_e5m2, {"o_proj.weight", "F8_E5M2"}}};
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         struct model_config *c;
         struct params *t = params_of(&table[0], &c);
@@ -370,6 +408,50 @@ Test(params_load, faults_are_refused_by_name)
         tensor_set_close(set);
         params_free(t);
         model_config_free(c);
+    }
+}
+
+/* fp8 matrices beside a head, norms and biases in other types, as published; layers that are not read keep their scales to themselves. Without what belongs to
+ * activations and with a scale too many it is the file that is wrong. */
+Test(params_load, fp8_weights_with_scales_and_everything_else_without)
+{
+    static const int layer_of[] = {0, 2, 4};
+    const struct quantization rows = {SCALE_ROW, 0, 0, "compressed-tensors"};
+    for (int fault = 0; fault < 2; fault++) {
+        struct model_config *big = fixture_config("llama", "{\"num_hidden_layers\": 6}"), *small = fixture_config("llama", NULL);
+        struct params *from = params_new(big), *t = params_new(small);
+        struct file f = file_of(from);
+        int tensors = f.n;
+        cr_assert_leq(tensors + 14, (int)(sizeof f.spec / sizeof *f.spec));
+        for (int i = 0; i < tensors && f.n < tensors + 13; i++) {
+            if (!strstr(f.spec[i].name, "_proj")) continue;
+            char *scale = xasprintf("%s_scale", f.spec[i].name);
+            f.spec[i].dtype = DTYPE_F8_E4M3;
+            append(&f, scale, DTYPE_F32, 2, f.spec[i].shape[0], 1);
+            free(scale);
+        }
+        append(&f, fault ? "model.layers.0.self_attn.weight_scale" : "model.layers.0.self_attn.k_scale", DTYPE_F32, 1, 1, 0);
+        struct tensor_set *set = write_and_open(&f);
+        cr_assert_eq(tensor_set_bind_scales(set, &rows, "teacher"), OK, "%s", fail_message());
+        float *w = new_poisoned(t->total);
+        int rc = params_load(t, be, (act *)w, set, "teacher", layer_of);
+        if (fault) {
+            cr_expect_eq(rc, ERR_INPUT);
+            cr_expect(strstr(fail_message(), "model.layers.0.self_attn.weight_scale belongs to no part"), "%s", fail_message());
+        } else {
+            static const char name[] = "model.layers.0.mlp.up_proj.weight", scale[] = "model.layers.0.mlp.up_proj.weight_scale";
+            const struct param *p = t->layer[0].w_gate_up;
+            cr_assert_eq(rc, OK, "%s", fail_message());
+            for (int64_t i = 0; i < 40 * 24; i++)
+                cr_assert_eq(w[p->offset + 40 * 24 + i], e4m3_to_float(byte_of(name, i)) * value_of(scale, i / 24), "%s[%lld]", name, (long long)i);
+            for (int64_t i = 0; i < 24; i++) cr_assert_eq(w[t->norm->offset + i], value_of("model.norm.weight", i));
+        }
+        free(w);
+        tensor_set_close(set);
+        params_free(t);
+        params_free(from);
+        model_config_free(big);
+        model_config_free(small);
     }
 }
 

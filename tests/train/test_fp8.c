@@ -1,0 +1,214 @@
+/* A model whose products are in fp8 (their arithmetic: tests/kernels/test_fp8.c): close to the model that was not rounded, and the same bits whatever is recomputed, streamed or
+ * loaded. */
+#include <criterion/criterion.h>
+#include <math.h>
+#include <string.h>
+
+#include "base/error.h"
+#include "base/file.h"
+#include "tests/compare.h"
+#include "tests/train/fixture.h"
+
+static const int documents[] = {9, 3, 11, 0};
+static const char *const architectures[] = {"qwen2", "llama", "qwen3"};
+static const struct distill_args mixed = {.divergence = DIV_FORWARD_KL, .tail = TAIL_BUCKET, .temperature = 1, .kd_weight = 1, .ce_weight = 0.3f};
+enum { N_ARCHITECTURES = sizeof architectures / sizeof *architectures };
+
+static struct fixture_options options(const char *architecture, bool fp8)
+{
+    return (struct fixture_options){.architecture = architecture, .rows = 2, .length = 23, .kind = TARGET_TOPK, .k = 4, .loss = mixed, .seed = 5, .fp8 = fp8};
+}
+
+static struct model *inference_model(struct fixture *f, struct memory_plan *plan, const struct model_options *o)
+{
+    struct model *m = model_new(f->be, f->config, o, plan);
+    memory_add_scratch(plan, model_scratch_bytes(m, 0));
+    cr_assert_eq(memory_commit(plan, 0), OK);
+    model_ready(m);
+    return m;
+}
+
+/* Rounding to three bits of mantissa changes an element by up to 1/16, by 1/40 in the mean; a gradient has gone through seven rounded products per layer and direction,
+ * and through softmax. The whole gradient is bounded, and every tensor's more loosely: in small ones little averages out. */
+Test(fp8, gradients_are_close_to_those_of_the_native_model)
+{
+    for (int a = 0; a < N_ARCHITECTURES; a++) {
+        struct fixture native, f;
+        struct fixture_options o = options(architectures[a], false), o8 = options(architectures[a], true);
+        fixture_open(&native, &o);
+        fixture_open(&f, &o8);
+        struct batch *b = fixture_batch(2, 23, documents, 4, 9);
+        double kd, ce, kd8, ce8;
+        float *g = fixture_gradients(&native, b, (double)b->n_targets, &kd, &ce), *h = fixture_gradients(&f, b, (double)b->n_targets, &kd8, &ce8);
+        cr_expect(fabs(kd8 / kd - 1) < 0.02 && fabs(ce8 / ce - 1) < 0.02, "%s: kd %g and %g, ce %g and %g", architectures[a], kd, kd8, ce, ce8);
+        const struct params *t = f.model->params;
+        double whole = relative_l2(h, g, t->total);
+        cr_expect(whole > 0.01 && whole < 0.25, "%s: %g", architectures[a], whole);
+        for (int i = 0; i < t->n; i++) {
+            double error = relative_l2(h + t->p[i].offset, g + t->p[i].offset, t->p[i].count);
+            cr_expect_lt(error, 0.4, "%s, %s: %g", architectures[a], t->p[i].part[0].name, error);
+        }
+        free(g);
+        free(h);
+        batch_free(b);
+        fixture_close(&native);
+        fixture_close(&f);
+    }
+}
+
+/* What is not kept is rounded again from the same numbers. */
+Test(fp8, recompute_changes_no_bit)
+{
+    for (int a = 0; a < N_ARCHITECTURES; a++) {
+        struct batch *b = fixture_batch(2, 23, documents, 4, 9);
+        float *first = NULL;
+        for (int policy = RECOMPUTE_NONE; policy <= RECOMPUTE_BLOCK; policy++) {
+            struct fixture f;
+            struct fixture_options o = options(architectures[a], true);
+            o.recompute = (enum recompute)policy;
+            fixture_open(&f, &o);
+            double kd, ce;
+            float *g = fixture_gradients(&f, b, (double)b->n_targets, &kd, &ce);
+            if (first) cr_expect(!memcmp(first, g, (size_t)f.model->params->total * sizeof *g), "%s, policy %d", architectures[a], policy);
+            else first = memcpy(xmalloc((size_t)f.model->params->total * sizeof *g), g, (size_t)f.model->params->total * sizeof *g);
+            free(g);
+            fixture_close(&f);
+        }
+        free(first);
+        batch_free(b);
+    }
+}
+
+/* Stored as bytes and scales, resident or streamed, random or (in pieces, by the loader's own rounding) from a file: the training model's forward. */
+Test(fp8, inference_is_the_training_models_forward)
+{
+    for (int a = 0; a < N_ARCHITECTURES; a++)
+        for (int slots = 0; slots <= 3; slots += slots ? 1 : 2) {
+            struct fixture f;
+            struct fixture_options o = options(architectures[a], true);
+            fixture_open(&f, &o);
+            struct batch *b = fixture_batch(2, 23, documents, 0, 9);
+            struct memory_plan *plan = memory_plan_new(f.be);
+            struct model *m = inference_model(&f, plan, &(struct model_options){.N = b->n, .max_doc = 23, .head_rows = 5, .layer_slots = slots, .ffn_rows = slots == 3 ? 7 : 0, .fp8 = true});
+            model_random_weights(m, 5);                        /* the fixture's seed: the same weights */
+            model_set_batch(f.model, b);
+            model_forward(f.model);
+            model_set_batch(m, b);
+            for (int pass = 0; pass < 2; pass++) {
+                memset(m->hidden, 0xff, (size_t)(b->n * 24) * sizeof(float));
+                model_forward(m);
+                double error = relative_l2((float *)m->hidden, (float *)f.model->hidden, b->n * 24);
+                cr_expect_leq(error, slots == 3 ? 0.05 : 0, "%s, %d places, pass %d: %g", architectures[a], slots, pass, error);   /* another order of a sum may round to the next fp8 number */
+            }
+            model_free(m);
+            memory_plan_free(plan);
+            batch_free(b);
+            fixture_close(&f);
+        }
+}
+
+static int take_tensor(void *context, const char *name, int n_dims, const int64_t *shape, int64_t offset)
+{
+    struct { struct tensor_spec spec[64]; int64_t offset[64]; int n; } *list = context;
+    list->offset[list->n] = offset;
+    struct tensor_spec *s = &list->spec[list->n++];
+    *s = (struct tensor_spec){.name = xstrdup(name), .dtype = DTYPE_F32, .n_dims = n_dims};
+    memcpy(s->shape, shape, (size_t)n_dims * sizeof *shape);
+    return OK;
+}
+
+struct source { const float *weights; const struct tensor_spec *spec; const int64_t *offset; };
+
+static int give_tensor(void *context, const struct tensor_spec *spec, size_t offset, size_t bytes, void *out)
+{
+    const struct source *s = context;
+    int64_t i = 0;
+    while (strcmp(s->spec[i].name, spec->name)) i++;
+    memcpy(out, (const char *)(s->weights + s->offset[i]) + offset, bytes);
+    return OK;
+}
+
+Test(fp8, loading_rounds_as_the_device_does)
+{
+    struct fixture f;
+    struct fixture_options o = options("qwen2", true);
+    char dir[] = "/tmp/test_fp8_XXXXXX";
+    cr_assert(mkdtemp(dir));
+    fixture_open(&f, &o);
+    struct { struct tensor_spec spec[64]; int64_t offset[64]; int n; } list = {.n = 0};
+    cr_assert_eq(params_each(f.model->params, take_tensor, &list), OK);
+    struct source source = {(const float *)f.model->weights, list.spec, list.offset};
+    cr_assert_eq(safetensors_write_dir(dir, list.spec, list.n, 0, give_tensor, &source), OK, "%s", fail_message());
+    struct tensor_set *set = NULL;
+    cr_assert_eq(tensor_set_open(&set, dir), OK, "%s", fail_message());
+    for (int slots = 0; slots <= 2; slots += 2) {
+        struct memory_plan *plan = memory_plan_new(f.be);
+        struct batch *b = fixture_batch(2, 23, documents, 0, 9);
+        struct model *m = inference_model(&f, plan, &(struct model_options){.N = b->n, .max_doc = 23, .head_rows = 5, .layer_slots = slots, .fp8 = true});
+        cr_assert_eq(model_load_weights(m, set, dir, NULL), OK, "%s", fail_message());
+        model_set_batch(f.model, b);
+        model_forward(f.model);
+        model_set_batch(m, b);
+        model_forward(m);
+        cr_expect(!memcmp(m->hidden, f.model->hidden, (size_t)(b->n * 24) * sizeof(float)), "%d places", slots);
+        /* a byte per element of the blocks' matrices, four for a scale: the reason for all this */
+        const struct weight_layout *w = &m->home.layout;
+        cr_expect_lt(w->end - w->begin, f.model->params->total * 2, "blocks take %ld bytes", (long)(w->end - w->begin));
+        model_free(m);
+        memory_plan_free(plan);
+        batch_free(b);
+    }
+    tensor_set_close(set);
+    for (int i = 0; i < list.n; i++) free((char *)(void *)(uintptr_t)list.spec[i].name);
+    fixture_close(&f);
+    cr_assert_eq(dir_remove_tree(dir), OK);
+}
+
+/* Thirty steps on one batch: the curve of the native model, within what rounding explains; the census sees what was rounded. */
+Test(fp8, trains_like_the_native_model)
+{
+    double last[2];
+    for (int fp8 = 0; fp8 < 2; fp8++) {
+        struct fixture f;
+        struct fixture_options o = options("qwen2", fp8);
+        fixture_open(&f, &o);
+        struct batch *b = fixture_batch(2, 23, documents, 4, 9);
+        double kd = 0, ce = 0, first = 0;
+        for (int step = 1; step <= 30; step++) {
+            struct fp8_census census[CENSUS_COUNT];
+            model_count_fp8(f.model);
+            free(fixture_gradients(&f, b, (double)b->n_targets, &kd, &ce));
+            model_read_census(f.model, census);
+            if (step == 1) first = kd;
+            for (int i = 0; i < CENSUS_COUNT; i++) {
+                const struct fp8_census *s = &census[i];
+                if (!fp8) cr_assert(s->elements == 0 && s->largest == 0);
+                else cr_assert(s->elements > 1000 && s->zeros < 0.5 * s->elements && s->largest > 0 && isfinite(s->largest) && s->not_finite == 0);
+            }
+            cr_assert(isfinite(optimizer_norm(f.optimizer)));
+            optimizer_step(f.optimizer, step, 3e-3);
+            model_weights_changed(f.model);
+        }
+        cr_assert_lt(kd, 0.7 * first);
+        last[fp8] = kd;
+        batch_free(b);
+        fixture_close(&f);
+    }
+    cr_expect(fabs(last[1] / last[0] - 1) < 0.03, "native %g, fp8 %g", last[0], last[1]);
+}
+
+/* A weight that is no number is not hidden by rounding. */
+Test(fp8, what_is_not_finite_stays_so)
+{
+    struct fixture f;
+    struct fixture_options o = options("llama", true);
+    fixture_open(&f, &o);
+    struct batch *b = fixture_batch(2, 23, documents, 4, 9);
+    double kd, ce;
+    ((float *)f.model->weights)[f.model->params->layer[1].w_down->offset + 3] = INFINITY;
+    model_weights_changed(f.model);
+    free(fixture_gradients(&f, b, (double)b->n_targets, &kd, &ce));
+    cr_expect(!isfinite(kd));
+    batch_free(b);
+    fixture_close(&f);
+}
