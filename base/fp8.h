@@ -13,6 +13,7 @@
 #include "base/device.h"
 
 #define E4M3_MAX 448.0f
+#define E4M3_NAN 0x7f
 #define E5M2_MAX 57344.0f
 
 HOST_DEVICE static inline uint32_t float_bits(float f)
@@ -41,7 +42,7 @@ HOST_DEVICE static inline uint8_t fp8_from_float(float f, int mantissa, uint32_t
     return (uint8_t)(sign | (a > 0x7f800000u ? nan : q));
 }
 
-HOST_DEVICE static inline uint8_t e4m3_from_float(float f) { return fp8_from_float(f, 3, 120, 0x1p14f, E4M3_MAX, 0x7f); }
+HOST_DEVICE static inline uint8_t e4m3_from_float(float f) { return fp8_from_float(f, 3, 120, 0x1p14f, E4M3_MAX, E4M3_NAN); }
 HOST_DEVICE static inline uint8_t e5m2_from_float(float f) { return fp8_from_float(f, 2, 112, 0x1p7f, E5M2_MAX, 0x7f); }
 
 HOST_DEVICE static inline float e4m3_to_float(uint8_t q)
@@ -63,11 +64,11 @@ HOST_DEVICE static inline float e5m2_to_float(uint8_t q)
  * floating-point format is as exact at one power of two as at the next: what a scale without a mantissa costs is at most one of e4m3's eighteen binades, what it buys is
  * that a number can change its scale without being rounded again.
  * Not below 2^-62, so that the product of two scales is a normal number; zeros have that one, and so weigh nothing where scales are compared.
- * `most` itself, and then everything is not finite, where it is not finite. */
+ * Infinity or the one quiet NaN, and then everything is not finite, where `most` is not finite. */
 HOST_DEVICE static inline float e4m3_scale(float most)
 {
     uint32_t bits = float_bits(most) & 0x7fffffffu;
-    if (bits >= 0x7f800000u) return bits_float(bits);
+    if (bits >= 0x7f800000u) return bits_float(bits > 0x7f800000u ? 0x7fc00000u : bits);
     int exponent = (int)(bits >> 23) - 127 - 8 + ((bits & 0x7fffffu) > 0x600000u);         /* 448 = 1.75 * 2^8 */
     if (exponent < -62) exponent = -62;
     return bits_float((uint32_t)(exponent + 127) << 23);

@@ -51,7 +51,7 @@ struct fp8 {
 
 /* What became of matrices of a kind when they were rounded: sums over all that were counted since they were set to zero. On the device. */
 struct fp8_census {
-    double elements, zeros;     /* zeros: rounded to 0, or 0 before */
+    double elements, zeros;     /* zeros: rounded to 0, or 0 before; not those of rows that are not finite */
     float largest;              /* largest magnitude */
     float not_finite;           /* rows that hold NaN or infinity */
 };
@@ -214,7 +214,8 @@ struct ops {
     void (*linear_backward_weight)(struct backend *be, grad *dw, grad *dbias, const act *dy, const act *x, int64_t N, int64_t C, int64_t O);
 
     /* ---- the same products of matrices in fp8: multiplied as they are, summed in fp32. Only where be->fp8 ----
-     * A row of x gets e4m3_scale() of its largest magnitude, so nothing saturates; a row with NaN or infinity gets a scale that is not finite, and so is everything made of it. */
+     * A row of x gets e4m3_scale() of its largest magnitude, so nothing saturates; a row with NaN or infinity becomes NaN, its scale is not finite, and so is everything made of it.
+     * The same bits on every device. Widths are multiples of be->fp8_multiple; where that is not 1, q and scale are aligned to 16 bytes. */
     void (*quantize)(struct backend *be, const struct fp8 *y, const act *x, int64_t R, int64_t K);
     /* w8 (O,C) as quantize(); t8 (C,O), with scales of its own, holds the same numbers transposed, but for what is subnormal at the scale of its new row */
     void (*quantize_weight)(struct backend *be, const struct fp8 *w8, const struct fp8 *t8, const act *w, int64_t O, int64_t C);
@@ -251,6 +252,7 @@ struct backend {
     const struct ops *ops;
     bool exact_rows;                    /* as in backend_options */
     bool fp8;                           /* has the products in fp8 */
+    int fp8_multiple;                   /* their widths, C and O, and K of what is rounded are multiples of this; N may be anything */
     bool host_memory;                   /* what alloc() gives is the host's own memory: it may write there itself */
     void *scratch; size_t scratch_bytes;/* set by the caller from its memory plan, at least ops->scratch_bytes() */
     void *state;                        /* the backend's own */

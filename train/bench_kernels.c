@@ -1,6 +1,7 @@
 /* distill bench kernels: how fast every op is at the shapes of a configuration, against the seam, so that it runs on any device. Ops that move memory stand beside
- * the device's own copy bandwidth, products and attention beside the rate of its products, both measured first, in the same run. Data is normal with the scale of
- * trained models, never zeros, outputs included; arguments that would fit a cache exist several times and take turns. */
+ * the device's own copy bandwidth, products and attention beside the rate of its products, both measured first, in the same run; products in fp8 beside a large
+ * square one in fp8. Data is normal with the scale of trained models, never zeros, outputs included; arguments that would fit a cache exist several times and take
+ * turns. */
 #include <math.h>
 #include <string.h>
 
@@ -8,7 +9,7 @@
 #include "base/rng.h"
 #include "train/bench.h"
 
-enum { MAX_ARGUMENTS = 12, MAX_TURNS = 8, HEAD_TOKENS = 8192 };
+enum { MAX_ARGUMENTS = 12, MAX_TURNS = 8, HEAD_TOKENS = 8192, SQUARE_FP8_CPU = 1024, SQUARE_FP8 = 8192 /* rows: no more than HEAD_TOKENS */ };
 static const double CACHE_CPU = 128 << 20, CACHE_GPU = 256 << 20;    /* bytes of one round of turns: past the caches */
 
 struct buffer { char *base; size_t stride; };
@@ -20,7 +21,7 @@ struct kernels {
     bool teacher;                             /* forward ops at a teacher's pass; else all ops at a student's micro-batch */
     int n_words; char **words;
     int64_t N, C, F, V, Vv, S, R; int Hq, Hkv, D, K;   /* R: rows of logits at a time */
-    double e, g, m, read;                     /* widths in bytes; bytes/s of one read */
+    double e, g, m, read, fp8;                /* widths in bytes; bytes/s of one read; FLOP/s of products in fp8, 0: not measured */
     int rc;                                   /* of the first failure; nothing is measured after it */
     /* the op being timed: arguments, and memory that goes with the next set */
     struct buffer p[MAX_ARGUMENTS];
@@ -116,6 +117,23 @@ CALL(call_download) { OP->download_async(BE, at(k, 1), at(k, 0), (size_t)k->n[0]
 CALL(call_linear) { OP->linear_forward(BE, at(k, 0), at(k, 1), at(k, 2), k->p[3].base ? at(k, 3) : NULL, k->n[0], k->n[1], k->n[2]); }
 CALL(call_linear_input) { OP->linear_backward_input(BE, at(k, 1), at(k, 0), at(k, 2), k->n[0], k->n[1], k->n[2]); }
 CALL(call_linear_weight) { OP->linear_backward_weight(BE, at(k, 4), NULL, at(k, 0), at(k, 1), k->n[0], k->n[1], k->n[2]); }
+/* A matrix in fp8 is one argument: its bytes, then its scales. */
+static struct fp8 matrix(const struct kernels *k, int i, int64_t R, int64_t K)
+{
+    uint8_t *q = at(k, i);
+    return (struct fp8){q, (float *)(void *)(q + (R * K + 255) / 256 * 256)};
+}
+enum { X8 = 5, DY8, W8, T8 };                                 /* beside the matrices they are made of, at 1, 0 and 2 */
+#define X_FP8 (struct fp8[]){matrix(k, X8, k->n[0], k->n[1])}
+#define DY_FP8 (struct fp8[]){matrix(k, DY8, k->n[0], k->n[2])}
+#define W_FP8 (struct fp8[]){matrix(k, W8, k->n[2], k->n[1])}
+#define T_FP8 (struct fp8[]){matrix(k, T8, k->n[1], k->n[2])}
+CALL(call_quantize_x) { OP->quantize(BE, X_FP8, at(k, 1), k->n[0], k->n[1]); }
+CALL(call_quantize_dy) { OP->quantize(BE, DY_FP8, at(k, 0), k->n[0], k->n[2]); }
+CALL(call_quantize_weight) { OP->quantize_weight(BE, W_FP8, T_FP8, at(k, 2), k->n[2], k->n[1]); }
+CALL(call_linear_fp8) { OP->linear_forward_fp8(BE, at(k, 0), X_FP8, W_FP8, k->p[3].base ? at(k, 3) : NULL, k->n[0], k->n[1], k->n[2]); }
+CALL(call_linear_input_fp8) { OP->linear_forward_fp8(BE, at(k, 1), DY_FP8, T_FP8, NULL, k->n[0], k->n[2], k->n[1]); }
+CALL(call_linear_weight_fp8) { OP->linear_backward_weight_fp8(BE, at(k, 4), NULL, DY_FP8, X_FP8, k->n[0], k->n[1], k->n[2]); }
 CALL(call_norm) { OP->rmsnorm_forward(BE, at(k, 0), at(k, 1), at(k, 2), at(k, 3), at(k, 4), at(k, 5), k->N, k->C, 1e-6f); }
 CALL(call_norm_back) { OP->rmsnorm_backward(BE, at(k, 0), at(k, 6), at(k, 2), at(k, 3), at(k, 4), at(k, 5), at(k, 1), k->N, k->C); }
 CALL(call_qk_norm) { OP->qk_norm_forward(BE, at(k, 0), at(k, 1), at(k, 2), at(k, 3), at(k, 3), k->N, HEADS, 1e-6f); }
@@ -182,13 +200,17 @@ static void bandwidth(struct kernels *k, const char *op, const char *detail, voi
     print(k, name, s, bytes / s, "B/s", "share of copy", bytes / s / k->b.rates.copy);
 }
 
-static void arithmetic(struct kernels *k, const char *op, const char *detail, void (*call)(void *), double flop)
+static void arithmetic_beside(struct kernels *k, const char *op, const char *detail, void (*call)(void *), double flop, const char *share_name, double rate)
 {
     char name[96];
     if (!wanted(k, op)) return;
     snprintf(name, sizeof name, "%s %s", op, detail);
     double s = seconds(k, call, 0.1);
-    print(k, name, s, flop / s, "FLOP/s", "share of products", flop / s / k->b.rates.product);
+    print(k, name, s, flop / s, "FLOP/s", share_name, flop / s / rate);
+}
+static void arithmetic(struct kernels *k, const char *op, const char *detail, void (*call)(void *), double flop)
+{
+    arithmetic_beside(k, op, detail, call, flop, "share of products", k->b.rates.product);
 }
 
 static void memory(struct kernels *k)
@@ -282,11 +304,75 @@ static void attention(struct kernels *k, int64_t length)
     bandwidth(k, "attention_cached", detail, call_cached, 2 * cache * k->e);
 }
 
+static const char *const fp8_ops[] = {"quantize", "quantize_weight", "linear_forward_fp8", "linear_backward_input_fp8", "linear_backward_weight_fp8"};
+
+static bool fp8_wanted(const struct kernels *k)
+{
+    for (size_t i = 0; i < sizeof fp8_ops / sizeof *fp8_ops; i++) if (wanted(k, fp8_ops[i])) return k->b.be->fp8;
+    return false;
+}
+
+/* The layer whose product in the activations' type was just measured. A weight's two layouts count as one read and two writes, though its columns' scales ask for a second look. */
+static void layer_fp8(struct kernels *k, const char *layer, int64_t layer_C, int64_t layer_O, bool bias)
+{
+    char detail[96], x_detail[96], dy_detail[96], weight_detail[96];
+    double N = (double)k->N, C = (double)layer_C, O = (double)layer_O, flop = 2 * N * C * O;
+    if (layer_C % k->b.be->fp8_multiple || layer_O % k->b.be->fp8_multiple) return;
+    set_begin(k, N * C + N * O * k->e + C * O);
+    k->n[0] = k->N; k->n[1] = layer_C; k->n[2] = layer_O;
+    normals(k, 0, N * O, 0.1f); normals(k, 1, N * C, 1); normals(k, 2, O * C, 0.02f);
+    if (bias) normals(k, 3, O, 0.1f);
+    if (!k->teacher) normals_at(k, 4, O * C * k->g, 0, 0.01f);
+    if (!k->teacher) output(k, DY8, N * (O + 4) + 256);
+    output(k, X8, N * (C + 4) + 256); output(k, W8, O * (C + 4) + 256); output(k, T8, C * (O + 4) + 256);
+    for (int i = 0; i < k->turns && k->rc == OK; i++) {       /* what the products read; a call takes the next turn */
+        int64_t turn = k->turn;
+        call_quantize_x(k); k->turn = turn;
+        if (!k->teacher) call_quantize_dy(k);
+        k->turn = turn;
+        call_quantize_weight(k);
+    }
+    snprintf(detail, sizeof detail, "%s %lld x %lld x %lld", layer, (long long)k->N, (long long)layer_C, (long long)layer_O);
+    snprintf(x_detail, sizeof x_detail, "%s x %lld x %lld", layer, (long long)k->N, (long long)layer_C);
+    snprintf(dy_detail, sizeof dy_detail, "%s dy %lld x %lld", layer, (long long)k->N, (long long)layer_O);
+    snprintf(weight_detail, sizeof weight_detail, "%s %lld x %lld", layer, (long long)layer_O, (long long)layer_C);
+    arithmetic_beside(k, "linear_forward_fp8", detail, call_linear_fp8, flop, "share of fp8 products", k->fp8);
+    if (!k->teacher) {
+        arithmetic_beside(k, "linear_backward_weight_fp8", detail, call_linear_weight_fp8, flop, "share of fp8 products", k->fp8);
+        arithmetic_beside(k, "linear_backward_input_fp8", detail, call_linear_input_fp8, flop, "share of fp8 products", k->fp8);
+        bandwidth(k, "quantize", dy_detail, call_quantize_dy, N * O * (k->e + 1));
+    }
+    bandwidth(k, "quantize", x_detail, call_quantize_x, N * C * (k->e + 1));
+    bandwidth(k, "quantize_weight", weight_detail, call_quantize_weight, O * C * (k->e + 2));
+}
+
+/* What a large square product in fp8 sustains: the figure that the layers' stand beside. */
+static void rate_fp8(struct kernels *k)
+{
+    int64_t square = bench_on_cpu(&k->b) ? SQUARE_FP8_CPU : SQUARE_FP8;
+    double n = (double)square;
+    if (!fp8_wanted(k)) return;
+    set_begin(k, CACHE_GPU);
+    k->n[0] = k->n[1] = k->n[2] = square;
+    normals(k, 0, n * n, 0.1f); normals(k, 1, n * n, 1); normals(k, 2, n * n, 0.02f);
+    output(k, X8, n * (n + 4) + 256); output(k, W8, n * (n + 4) + 256); output(k, T8, n * (n + 4) + 256);
+    if (k->rc != OK) return;
+    call_quantize_x(k);
+    call_quantize_weight(k);
+    double s = seconds(k, call_linear_fp8, 0.15);
+    k->fp8 = 2 * n * n * n / s;
+    char name[96];
+    snprintf(name, sizeof name, "square product in fp8 %lld^3", (long long)square);
+    print(k, name, s, k->fp8, "FLOP/s", "times products", k->fp8 / k->b.rates.product);
+}
+
 static void products(struct kernels *k)
 {
     const struct { const char *name; int64_t C, O; float scale; } list[] = {
         {"qkv", k->C, (k->Hq + 2 * k->Hkv) * k->D, 0.02f}, {"o", k->Hq * k->D, k->C, 0.02f}, {"gate_up", k->C, 2 * k->F, 0.02f}, {"down", k->F, k->C, 0.02f}};
-    if (!wanted(k, "linear_forward") && !wanted(k, "linear_backward_weight") && !wanted(k, "linear_backward_input")) return;
+    bool fp8 = fp8_wanted(k);
+    if (!wanted(k, "linear_forward") && !wanted(k, "linear_backward_weight") && !wanted(k, "linear_backward_input") && !fp8) return;
+    rate_fp8(k);
     for (size_t i = 0; i < sizeof list / sizeof *list && k->rc == OK; i++) {
         char detail[96];
         double N = (double)k->N, C = (double)list[i].C, O = (double)list[i].O, flop = 2 * N * C * O;
@@ -297,9 +383,11 @@ static void products(struct kernels *k)
         if (!k->teacher) normals_at(k, 4, O * C * k->g, 0, 0.01f);
         snprintf(detail, sizeof detail, "%s %lld x %lld x %lld", list[i].name, (long long)k->N, (long long)list[i].C, (long long)list[i].O);
         arithmetic(k, "linear_forward", detail, call_linear, flop);
-        if (k->teacher) continue;
-        arithmetic(k, "linear_backward_weight", detail, call_linear_weight, flop);
-        arithmetic(k, "linear_backward_input", detail, call_linear_input, flop);
+        if (!k->teacher) {
+            arithmetic(k, "linear_backward_weight", detail, call_linear_weight, flop);
+            arithmetic(k, "linear_backward_input", detail, call_linear_input, flop);
+        }
+        if (fp8) layer_fp8(k, list[i].name, list[i].C, list[i].O, !i && k->b.config->qkv_bias);
     }
 }
 
@@ -417,7 +505,7 @@ int bench_kernels(const struct config *c, const char *shape, bool teacher, int n
     k.e = (double)dtype_width(b->be->act_dtype); k.g = (double)dtype_width(b->be->grad_dtype); k.m = (double)dtype_width(b->be->moment_dtype);
     TRY(bench_rates(b, k.N));
     struct op_limits limits = {.N = k.N > HEAD_TOKENS ? k.N : HEAD_TOKENS, .C = k.C, .F = k.F, .V = k.V, .chunk_rows = k.R, .max_doc = k.S, .Hq = k.Hq, .Hkv = k.Hkv, .D = k.D, .K = 256,
-                               .backward = !teacher};
+                               .backward = !teacher, .fp8 = fp8_wanted(&k)};
     k.plan = memory_plan_new(b->be);
     memory_add_scratch(k.plan, k.op->scratch_bytes(b->be, &limits));
     TRY(memory_commit(k.plan, (size_t)(c->memory_limit_gib * 0x1p30)));

@@ -100,7 +100,7 @@ int cpu_backend_open(struct backend **out, const struct backend_options *o)
     if (o->precision && strcmp(o->precision, "fp32")) return fail(ERR_USAGE, "device cpu: computes in fp32, not in %s; leave the precision out or use device cuda", o->precision);
     if (o->threads > 0) omp_set_num_threads(o->threads);
     struct backend *be = xcalloc(1, sizeof *be);
-    *be = (struct backend){.name = "cpu", .act_dtype = DTYPE_F32, .grad_dtype = DTYPE_F32, .moment_dtype = DTYPE_F32, .ops = &cpu_ops, .exact_rows = o->exact_rows, .host_memory = true, .fp8 = true, .state = xcalloc(1, sizeof(struct cpu_state))};
+    *be = (struct backend){.name = "cpu", .act_dtype = DTYPE_F32, .grad_dtype = DTYPE_F32, .moment_dtype = DTYPE_F32, .ops = &cpu_ops, .exact_rows = o->exact_rows, .host_memory = true, .fp8 = true, .fp8_multiple = 1, .state = xcalloc(1, sizeof(struct cpu_state))};
     *out = be;
     return OK;
 }

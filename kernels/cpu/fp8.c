@@ -1,7 +1,9 @@
 /* Matrices in fp8 (base/fp8.h): rounding into them, and the products of what was rounded.
- *     q[r,k] = e4m3(x[r,k] / scale[r]),  scale[r] = e4m3_scale(max_k |x[r,k]|)
+ *     q[r,k] = e4m3(x[r,k] / scale[r]),  scale[r] = e4m3_scale(max_k |x[r,k]|);  NaN throughout where that is not finite
  * The product of two e4m3 numbers is exact in fp32, so devices differ by the order of a sum, as everywhere else. Here the numbers are turned back into floats, a
  * panel of outputs at a time, and linear.c multiplies them. */
+#include <string.h>
+
 #include "base/fp8.h"
 #include "kernels/cpu/cpu.h"
 
@@ -27,7 +29,8 @@ void cpu_quantize(struct backend *be, const struct fp8 *y, const act *x_, int64_
     for (int64_t r = 0; r < R; r++) {
         float scale = e4m3_scale(largest(x + r * K, K)), inverse = 1 / scale;
         y->scale[r] = scale;
-        for (int64_t k = 0; k < K; k++) y->q[r * K + k] = e4m3_from_float(x[r * K + k] * inverse);
+        if (!isfinite(scale)) memset(y->q + r * K, E4M3_NAN, (size_t)K);
+        else for (int64_t k = 0; k < K; k++) y->q[r * K + k] = e4m3_from_float(x[r * K + k] * inverse);
     }
 }
 
@@ -47,7 +50,8 @@ void cpu_quantize_weight(struct backend *be, const struct fp8 *w8, const struct 
         }
         float scale = finite ? e4m3_scale(most) : NAN;
         t8->scale[c] = scale;
-        for (int64_t o = 0; o < O; o++) t8->q[c * O + o] = e4m3_from_float(number(w8, o, c, C) / scale);
+        if (!finite) memset(t8->q + c * O, E4M3_NAN, (size_t)O);
+        else for (int64_t o = 0; o < O; o++) t8->q[c * O + o] = e4m3_from_float(number(w8, o, c, C) / scale);
     }
 }
 
@@ -120,11 +124,14 @@ void cpu_fp8_count(struct backend *be, struct fp8_census *sum, const struct fp8 
     for (int64_t r = 0; r < R; r++) {
         if (!isfinite(x->scale[r])) { not_finite++; continue; }
         uint8_t top = 0;
+        int64_t row_zeros = 0;
         for (int64_t k = 0; k < K; k++) {
             uint8_t magnitude = x->q[r * K + k] & 0x7f;
-            zeros += magnitude == 0;
+            row_zeros += magnitude == 0;
             top = magnitude > top ? magnitude : top;
         }
+        if (top == E4M3_NAN) { not_finite++; continue; }
+        zeros += row_zeros;
         float a = e4m3_to_float(top) * x->scale[r];
         most = a > most ? a : most;
     }

@@ -189,7 +189,7 @@ static void cuda_stream_free(struct backend *be, int slot) { CUDA_CHECK(cudaEven
 static size_t cuda_scratch_bytes(struct backend *be, const struct op_limits *l)
 {
     size_t need[] = {cuda_embed_scratch(be, l), cuda_rmsnorm_scratch(be, l), cuda_qk_norm_scratch(be, l), cuda_attention_scratch(be, l),
-                     cuda_linear_scratch(be, l), cuda_reduce_scratch(be, l)}, most = 0;
+                     cuda_linear_scratch(be, l), cuda_fp8_scratch(be, l), cuda_reduce_scratch(be, l)}, most = 0;
     for (size_t i = 0; i < sizeof need / sizeof *need; i++) most = need[i] > most ? need[i] : most;
     return cuda_round_up(most);
 }
@@ -206,6 +206,8 @@ static const struct ops cuda_ops = {
     .rope_forward = cuda_rope_forward, .rope_backward = cuda_rope_backward,
     .attention_forward = cuda_attention_forward, .attention_backward = cuda_attention_backward, .attention_cached = cuda_attention_cached,
     .linear_forward = cuda_linear_forward, .linear_backward_input = cuda_linear_backward_input, .linear_backward_weight = cuda_linear_backward_weight,
+    .quantize = cuda_quantize, .quantize_weight = cuda_quantize_weight, .linear_forward_fp8 = cuda_linear_forward_fp8, .linear_backward_weight_fp8 = cuda_linear_backward_weight_fp8,
+    .fp8_count = cuda_fp8_count,
     .swiglu_forward = cuda_swiglu_forward, .swiglu_backward = cuda_swiglu_backward,
     .distill_loss = cuda_distill_loss, .teacher_targets = cuda_teacher_targets, .sample_targets = cuda_sample_targets, .compare_logits = cuda_compare_logits,
     .sum_squares = cuda_sum_squares, .sum_rows = cuda_sum_rows, .adamw = cuda_adamw,
@@ -229,7 +231,7 @@ int cuda_backend_open(struct backend **out, const struct backend_options *o)
     int rc = OK, devices = 0;
     struct cuda_state *s = xcalloc(1, sizeof *s);
     struct backend *be = xcalloc(1, sizeof *be);
-    *be = (struct backend){.name = "cuda", .ops = &cuda_ops, .state = s, .description = s->description};
+    *be = (struct backend){.name = "cuda", .ops = &cuda_ops, .fp8 = true, .fp8_multiple = CUDA_FP8_MULTIPLE, .state = s, .description = s->description};
     TRY(choose_types(be, o));
     s->deterministic = o->deterministic;
     cudaError_t code = cudaGetDeviceCount(&devices);

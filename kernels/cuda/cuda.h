@@ -51,6 +51,7 @@ size_t cuda_rmsnorm_scratch(struct backend *be, const struct op_limits *l);
 size_t cuda_qk_norm_scratch(struct backend *be, const struct op_limits *l);
 size_t cuda_attention_scratch(struct backend *be, const struct op_limits *l);
 size_t cuda_linear_scratch(struct backend *be, const struct op_limits *l);
+size_t cuda_fp8_scratch(struct backend *be, const struct op_limits *l);
 size_t cuda_reduce_scratch(struct backend *be, const struct op_limits *l);
 
 void cuda_linear_close(struct cuda_state *s);
@@ -62,8 +63,36 @@ void cuda_add_partials(struct backend *be, grad *dw, const float *part, int64_t 
 /* dbias (O) += sum_n dy (N, O). part: cuda_column_sum_scratch() bytes */
 void cuda_column_sums(struct backend *be, grad *dbias, const act *dy, int64_t N, int64_t O, float *part);
 size_t cuda_column_sum_scratch(int64_t N, int64_t O);
+int64_t cuda_column_sum_rows(int64_t N);        /* rows of one partial sum */
 /* every row of y (N, O) = row (O) */
 void cuda_fill_rows(struct backend *be, act *y, const act *row, int64_t N, int64_t O);
+void cuda_add_rows(struct backend *be, act *y, const act *row, int64_t N, int64_t O);      /* += */
+
+/* linear.c: d (m,n) = op(a) (m,k) op(b) (k,n) [+ d] [+ bias (m)], column-major. In fp8, e4m3, both are read along the sum: a transposed, b not; k and m are multiples of 16. */
+enum product_kind {
+    PRODUCT_PLAIN,              /* a and b have the activations' type */
+    PRODUCT_FP8_ROWS,           /* fp8: scale_a [m] and scale_b [n] on the device, d (i,j) times scale_a[i] scale_b[j] */
+    PRODUCT_FP8_ONE             /* fp8: scale_a [1] on the device, for all of d */
+};
+struct product_args {
+    void *d; enum dtype d_type;
+    const void *a, *b, *bias;
+    int64_t m, n, k;
+    int transpose_a, transpose_b, accumulate;
+    enum product_kind kind;
+    const float *scale_a, *scale_b;
+};
+enum { CUDA_PRODUCT_WORKSPACE = 64 << 20 };     /* at the start of the scratch arena. 32 MiB is what Hopper's own algorithms ask for; split-K of wide outputs takes more */
+/* false: not with a bias for this shape, nothing was done */
+bool cuda_product(struct backend *be, const struct product_args *p);
+
+/* fp8.cu: what products in fp8 read. out (K, padded) = in (R, K)^T, its columns R .. padded - 1 zero. _folded: *one = max_r scale[r] times[r], and row r of `in` is
+ * rounded once more, from scale[r] times[r] to *one. Both on the device, nothing waits. */
+enum { CUDA_FP8_MULTIPLE = 16 };                /* widths: 16 bytes, what cuBLASLt asks of rows in fp8 */
+void cuda_fp8_transpose(struct backend *be, uint8_t *out, const uint8_t *in, int64_t R, int64_t K, int64_t padded);
+void cuda_fp8_transpose_folded(struct backend *be, uint8_t *out, float *one, const struct fp8 *in, const float *times, int64_t R, int64_t K, int64_t padded);
+/* as cuda_column_sums() */
+void cuda_fp8_column_sums(struct backend *be, grad *dbias, const struct fp8 *dy, int64_t N, int64_t O, float *part);
 
 /* cuDNN's attention, bf16. false: this head width or machine has no such plan, nothing was done. */
 bool cuda_attention_cudnn_forward(struct backend *be, act *o, float *lse, const act *q, const act *k, const act *v, const struct attention_args *a);
@@ -95,6 +124,11 @@ void cuda_attention_cached(struct backend *be, act *o, act *k_cache, act *v_cach
 void cuda_linear_forward(struct backend *be, act *y, const act *x, const act *w, const act *bias, int64_t N, int64_t C, int64_t O);
 void cuda_linear_backward_input(struct backend *be, act *dx, const act *dy, const act *w, int64_t N, int64_t C, int64_t O);
 void cuda_linear_backward_weight(struct backend *be, grad *dw, grad *dbias, const act *dy, const act *x, int64_t N, int64_t C, int64_t O);
+void cuda_quantize(struct backend *be, const struct fp8 *y, const act *x, int64_t R, int64_t K);
+void cuda_quantize_weight(struct backend *be, const struct fp8 *w8, const struct fp8 *t8, const act *w, int64_t O, int64_t C);
+void cuda_linear_forward_fp8(struct backend *be, act *y, const struct fp8 *x, const struct fp8 *w, const act *bias, int64_t N, int64_t C, int64_t O);
+void cuda_linear_backward_weight_fp8(struct backend *be, grad *dw, grad *dbias, const struct fp8 *dy, const struct fp8 *x, int64_t N, int64_t C, int64_t O);
+void cuda_fp8_count(struct backend *be, struct fp8_census *sum, const struct fp8 *x, int64_t R, int64_t K);
 void cuda_swiglu_forward(struct backend *be, act *h, const act *gate_up, int64_t N, int64_t F);
 void cuda_swiglu_backward(struct backend *be, act *d_gate_up, const act *dh, const act *gate_up, int64_t N, int64_t F);
 void cuda_distill_loss(struct backend *be, act *logits, const struct distill_losses *out, const struct distill_targets *t, const struct distill_args *a, int64_t R, int64_t V, int64_t Vv);

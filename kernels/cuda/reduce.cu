@@ -83,6 +83,13 @@ __global__ void __launch_bounds__(256) fill_rows_kernel(T *y, const T *__restric
     if (at < N * O) y[at] = row[at % O];
 }
 
+template <typename T>
+__global__ void __launch_bounds__(256) add_rows_kernel(T *y, const T *__restrict__ row, int64_t N, int64_t O)
+{
+    int64_t at = (int64_t)blockIdx.x * 256 + threadIdx.x;
+    if (at < N * O) y[at] = from_float<T>(to_float(y[at]) + to_float(row[at % O]));
+}
+
 size_t cuda_reduce_scratch(struct backend *be, const struct op_limits *l) { (void)be; (void)l; return SQUARE_BLOCKS * sizeof(double); }
 
 extern "C" void cuda_sum_squares(struct backend *be, double *sum, const grad *g, int64_t count)
@@ -120,14 +127,14 @@ extern "C" void cuda_add_partials(struct backend *be, grad *dw, const float *par
 }
 
 /* rows per block: 64 turns of its rows of threads, or what makes at most 64 ranges */
-static int64_t rows_per_part(int64_t N) { int64_t most = div_up(N, 64), few = 64; return most > few ? most : few; }
+extern "C" int64_t cuda_column_sum_rows(int64_t N) { int64_t most = div_up(N, 64), few = 64; return most > few ? most : few; }
 
-extern "C" size_t cuda_column_sum_scratch(int64_t N, int64_t O) { return (size_t)(div_up(N, rows_per_part(N)) * O) * sizeof(float); }
+extern "C" size_t cuda_column_sum_scratch(int64_t N, int64_t O) { return (size_t)(div_up(N, cuda_column_sum_rows(N)) * O) * sizeof(float); }
 
 extern "C" void cuda_column_sums(struct backend *be, grad *dbias, const act *dy, int64_t N, int64_t O, float *part)
 {
     cudaStream_t stream = cuda_state_of(be)->stream;
-    int64_t rows = rows_per_part(N), parts = div_up(N, rows);
+    int64_t rows = cuda_column_sum_rows(N), parts = div_up(N, rows);
     DISPATCH(be->act_dtype, T,
         constexpr int W = vector_width<T>();
         if (O % W == 0 && aligned16(dy)) column_sums_kernel<T, W><<<dim3((unsigned)div_up(O, 32 * W), (unsigned)parts), dim3(32, COLUMN_ROWS), 0, stream>>>(part, (const T *)dy, N, rows, O);
@@ -139,5 +146,11 @@ extern "C" void cuda_column_sums(struct backend *be, grad *dbias, const act *dy,
 extern "C" void cuda_fill_rows(struct backend *be, act *y, const act *row, int64_t N, int64_t O)
 {
     DISPATCH(be->act_dtype, T, fill_rows_kernel<T><<<(unsigned)div_up(N * O, 256), 256, 0, cuda_state_of(be)->stream>>>((T *)y, (const T *)row, N, O));
+    CUDA_CHECK(cudaGetLastError());
+}
+
+extern "C" void cuda_add_rows(struct backend *be, act *y, const act *row, int64_t N, int64_t O)
+{
+    DISPATCH(be->act_dtype, T, add_rows_kernel<T><<<(unsigned)div_up(N * O, 256), 256, 0, cuda_state_of(be)->stream>>>((T *)y, (const T *)row, N, O));
     CUDA_CHECK(cudaGetLastError());
 }
