@@ -203,12 +203,14 @@ static const size_t COPY_CPU = (size_t)1 << 28, COPY_GPU = (size_t)1 << 31;
 struct device_rates {
     struct backend *be;
     int64_t square; act *a, *b, *y;           /* y = a b^T */
+    struct fp8 a8, b8;                        /* the same, rounded */
     size_t bytes; void *from, *to;
     struct attention_args attention; int32_t *doc_begin;
     act *q, *k, *v, *o, *dq, *dk, *dv, *d_o; float *lse;
 };
 
 static void call_product(void *context) { struct device_rates *r = context; r->be->ops->linear_forward(r->be, r->y, r->a, r->b, NULL, r->square, r->square, r->square); }
+static void call_product_fp8(void *context) { struct device_rates *r = context; r->be->ops->linear_forward_fp8(r->be, r->y, &r->a8, &r->b8, NULL, r->square, r->square, r->square); }
 static void call_copy(void *context) { struct device_rates *r = context; r->be->ops->copy(r->be, r->to, r->from, r->bytes); }
 static void call_attention(void *context) { struct device_rates *r = context; r->be->ops->attention_forward(r->be, r->o, r->lse, r->q, r->k, r->v, &r->attention); }
 static void call_attention_back(void *context)
@@ -230,17 +232,21 @@ int bench_rates(struct bench *b, int64_t positions)
     int64_t S = b->c->corpus_row_length, N = positions, Hq = b->config->n_heads, Hkv = b->config->n_kv_heads, D = b->config->head_dim, n2 = r.square * r.square;
     size_t width = dtype_width(be->act_dtype), q = (size_t)(N * Hq * D) * width, kv = (size_t)(N * Hkv * D) * width;
     double now = cpu ? fmin(0.5, b->c->bench_seconds / 10) : fmin(1, b->c->bench_seconds / 10), settled = cpu ? now : fmin(3, b->c->bench_seconds);   /* short runs are for tests */
-    struct rates seen;
+    struct rates seen = {0};
     act **const planes[] = {&r.q, &r.o, &r.dq, &r.d_o, &r.k, &r.v, &r.dk, &r.dv};
     act **const squares[] = {&r.a, &r.b, &r.y};
     for (int i = 0; i < 3; i++) memory_add(plan, "square product", "nothing", squares[i], (size_t)n2 * width);
+    for (int i = 0; i < 2 && b->fp8; i++) {
+        memory_add(plan, "square product", "nothing", i ? &r.b8.q : &r.a8.q, (size_t)n2);
+        memory_add(plan, "square product", "nothing", i ? &r.b8.scale : &r.a8.scale, (size_t)r.square * sizeof(float));
+    }
     memory_add(plan, "copy", "nothing", &r.from, r.bytes);
     memory_add(plan, "copy", "nothing", &r.to, r.bytes);
     for (int i = 0; i < 8; i++) memory_add(plan, "attention", "the rows of a pass", planes[i], i < 4 ? q : kv);
     memory_add(plan, "attention", "the rows of a pass", &r.lse, (size_t)(N * Hq) * sizeof *r.lse);
     memory_add(plan, "attention", "the rows of a pass", &r.doc_begin, (size_t)(N / S + 1) * sizeof *r.doc_begin);
     struct op_limits limits = {.N = N > r.square ? N : r.square, .C = r.square, .F = r.square, .V = r.square, .chunk_rows = r.square, .max_doc = S, .Hq = (int)Hq, .Hkv = (int)Hkv, .D = (int)D,
-                               .K = 1, .backward = true};
+                               .K = 1, .backward = true, .fp8 = b->fp8};
     memory_add_scratch(plan, op->scratch_bytes(be, &limits));
     TRY(memory_commit(plan, 0));
 
@@ -258,14 +264,21 @@ int bench_rates(struct bench *b, int64_t positions)
     double flop = 4.0 * (double)(N * Hq * D) * (double)S / 2;
     if (!cpu) bench_seconds(be, call_product, &r, settled);     /* until the clock has settled */
     seen.product = 2.0 * (double)n2 * (double)r.square / bench_seconds(be, call_product, &r, settled);
+    if (b->fp8) {
+        op->quantize(be, &r.a8, r.a, r.square, r.square);
+        op->quantize(be, &r.b8, r.b, r.square, r.square);
+        seen.fp8 = 2.0 * (double)n2 * (double)r.square / bench_seconds(be, call_product_fp8, &r, settled);
+    }
     seen.attention_forward = flop / bench_seconds(be, call_attention, &r, now);
     seen.attention_backward = 2.5 * flop / bench_seconds(be, call_attention_back, &r, now);
     seen.copy = 2.0 * (double)r.bytes / bench_seconds(be, call_copy, &r, now);
     printf("rates   product %lld^3 %s   attention %s forward, %s backward (%lld/%lld heads of %lld, documents of %lld)   copy %s\n", (long long)r.square, bench_quantity(seen.product, "FLOP/s"),
            bench_quantity(seen.attention_forward, "FLOP/s"), bench_quantity(seen.attention_backward, "FLOP/s"), (long long)Hq, (long long)Hkv, (long long)D, (long long)S,
            bench_quantity(seen.copy, "B/s"));
+    if (b->fp8) printf("        the same product in fp8 %s, %.2f times as fast\n", bench_quantity(seen.fp8, "FLOP/s"), seen.fp8 / seen.product);
     fflush(stdout);
     keep_larger(&b->rates.product, seen.product);
+    keep_larger(&b->rates.fp8, seen.fp8);
     keep_larger(&b->rates.attention_forward, seen.attention_forward);
     keep_larger(&b->rates.attention_backward, seen.attention_backward);
     keep_larger(&b->rates.copy, seen.copy);
@@ -276,7 +289,7 @@ out:
 
 /* ---- the composed limit ---- */
 
-enum row_kind { ROW_PRODUCT, ROW_ATTENTION, ROW_ATTENTION_BACK, ROW_BYTES };
+enum row_kind { ROW_PRODUCT, ROW_FP8, ROW_ATTENTION, ROW_ATTENTION_BACK, ROW_BYTES };
 struct row { const char *name; enum row_kind kind; double amount; const char *formula; };
 enum { MAX_LIMIT_ROWS = 32 };
 static const double BANDWIDTH_SHARE = 0.9;    /* of a plain copy: what good pointwise kernels reach */
@@ -293,10 +306,13 @@ static int limit_rows(const struct bench *b, const struct pass *p, struct row *r
     double attention = model_config_forward_flops(c, b->c->corpus_row_length) - 2 * L * P - head;
     double optimizer = (double)model_config_parameters(c) / (double)(p->step_tokens ? p->step_tokens : 1);
     bool cheap = p->recompute >= RECOMPUTE_SWIGLU_NORM, ffn = p->recompute >= RECOMPUTE_FFN, block = p->recompute == RECOMPUTE_BLOCK;
+    double inputs = L * (2 * C + q + F), outputs = L * (W + 2 * C + 2 * F);     /* of the products of the layers */
+    enum row_kind layers = b->fp8 ? ROW_FP8 : ROW_PRODUCT;
     int n = 0;
 #define ROW(...) row[n++] = (struct row){__VA_ARGS__}
-    ROW("layers forward", ROW_PRODUCT, 2 * L * P, "2 L P,  P = C W + Hq D C + 3 C F,  W = (Hq + 2 Hkv) D");
+    ROW("layers forward", layers, 2 * L * P, "2 L P,  P = C W + Hq D C + 3 C F,  W = (Hq + 2 Hkv) D");
     ROW("head forward", ROW_PRODUCT, head, "2 C V");
+    if (b->fp8) ROW("rounding inputs", ROW_BYTES, inputs * (e + 1), "L (2 C + Hq D + F) (e + 1): x -> fp8");
     ROW("attention forward", ROW_ATTENTION, attention, "4 L Hq D S/2");
     ROW("embedding", ROW_BYTES, 2 * C * e, "2 C e");
     ROW("norm + residual", ROW_BYTES, (8 * L + 2) * C * e, "(8 L + 2) C e: x, r -> s, y, twice a layer and once more; the first has no r and no s");
@@ -309,7 +325,10 @@ static int limit_rows(const struct bench *b, const struct pass *p, struct row *r
         return n;
     }
     ROW("loss", ROW_BYTES, 2 * V * e + 8 * K, "2 V e + 8 K: logits -> their gradient, in place");
-    ROW("layers backward", ROW_PRODUCT, 4 * L * P, "4 L P");
+    ROW("layers backward", layers, 4 * L * P, "4 L P");
+    if (b->fp8) ROW("rounding gradients", ROW_BYTES, outputs * (e + 1), "L (W + 2 C + 2 F) (e + 1): dy -> fp8");
+    if (b->fp8) ROW("transposing for dw", ROW_BYTES, 2 * (inputs + outputs), "2 L (4 C + Hq D + W + 3 F): x, dy -> their transposes, a byte each");
+    if (b->fp8) ROW("rounding weights", ROW_BYTES, L * P * (e + 3) / (double)(p->step_tokens ? p->step_tokens : 1), "L P (e + 3) / tokens per step: w -> fp8 -> its transpose");
     ROW("head backward", ROW_PRODUCT, 2 * head, "4 C V");
     ROW("attention backward", ROW_ATTENTION_BACK, 2.5 * attention, "2.5 x forward");
     ROW("norm backward", ROW_BYTES, (8 * L + 3) * C * e, "(8 L + 3) C e: dres, dy, s -> dx");
@@ -317,8 +336,8 @@ static int limit_rows(const struct bench *b, const struct pass *p, struct row *r
     ROW("rope backward", ROW_BYTES, 2 * L * W * e, "2 L W e");
     ROW("swiglu backward", ROW_BYTES, 5 * L * F * e, "5 L F e: dh, gate, up -> dgate, dup");
     ROW("embedding backward", ROW_BYTES, C * e + 2 * C * g, "C e + 2 C g");
-    if (block) ROW("recompute products", ROW_PRODUCT, 2 * L * (P - C * F), "2 L (P - C F): all but the product down");
-    else if (ffn) ROW("recompute products", ROW_PRODUCT, 4 * L * C * F, "4 L C F: gate and up");
+    if (block) ROW("recompute products", layers, 2 * L * (P - C * F), "2 L (P - C F): all but the product down");
+    else if (ffn) ROW("recompute products", layers, 4 * L * C * F, "4 L C F: gate and up");
     if (block) ROW("recompute attention", ROW_ATTENTION, attention, "as forward");
     if (block) ROW("recompute rope, norms", ROW_BYTES, L * (6 * C + 2 * W + (c->qk_norm ? 2 * W : 0)) * e, c->qk_norm ? "L (6 C + 4 W) e" : "L (6 C + 2 W) e");
     else if (cheap) ROW("recompute norms", ROW_BYTES, 4 * L * C * e, "4 L C e");
@@ -333,6 +352,7 @@ static double row_seconds(const struct rates *r, const struct row *row)
 {
     switch (row->kind) {
     case ROW_PRODUCT: return row->amount / r->product;
+    case ROW_FP8: return row->amount / r->fp8;
     case ROW_ATTENTION: return row->amount / r->attention_forward;
     case ROW_ATTENTION_BACK: return row->amount / r->attention_backward;
     case ROW_BYTES: break;
@@ -370,6 +390,7 @@ void bench_report(const struct bench *b, const struct pass *p, double tokens, do
     struct model_config whole = *b->config;
     printf("rates   the larger of before and after: product %s, attention %s forward, %s backward, copy %s\n", bench_quantity(b->rates.product, "FLOP/s"),
            bench_quantity(b->rates.attention_forward, "FLOP/s"), bench_quantity(b->rates.attention_backward, "FLOP/s"), bench_quantity(b->rates.copy, "B/s"));
+    if (b->fp8) printf("        product in fp8 %s\n", bench_quantity(b->rates.fp8, "FLOP/s"));
     double limit = print_limit(b, p);
     printf("%-7s %.0f tok/s (%.0f tokens in %.1f s), %s of the model: MFU %.1f %% of what products sustain here", b->part, rate, tokens, seconds, bench_quantity(achieved, "FLOP/s"),
            100 * achieved / b->rates.product);
@@ -392,6 +413,7 @@ void bench_report(const struct bench *b, const struct pass *p, double tokens, do
     bench_figure(b, "composed_limit", 1 / limit, "tok/s");
     bench_figure(b, "share_of_composed_limit", rate * limit, "1");
     bench_figure(b, "rate_product", b->rates.product, "FLOP/s");
+    if (b->fp8) bench_figure(b, "rate_product_fp8", b->rates.fp8, "FLOP/s");
     bench_figure(b, "rate_copy", b->rates.copy, "B/s");
     bench_figure(b, "rate_attention_forward", b->rates.attention_forward, "FLOP/s");
     bench_figure(b, "rate_attention_backward", b->rates.attention_backward, "FLOP/s");

@@ -11,13 +11,14 @@
 #include "train/memory.h"
 
 /* Sustained on a GPU, the best call on a CPU. FLOP/s and bytes/s (read + written); attention counts the causal half of the square, backward 2.5 x the forward. */
-struct rates { double product, copy, attention_forward, attention_backward; };
+struct rates { double product, fp8 /* 0: not asked for */, copy, attention_forward, attention_backward; };
 
 struct bench {
     const struct config *c;
     const char *part, *shape;                 /* "train", ...; the config.json */
     struct model_config *config; int all_layers;   /* config->n_layers is bench.layers where that is set */
     struct backend *be;
+    bool fp8;                                 /* the products of blocks are in fp8: their rate is measured too, and the limit is composed with it */
     double free_before;                       /* bytes of the device, before the plan was committed */
     struct rates rates;
 };

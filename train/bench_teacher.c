@@ -129,6 +129,7 @@ int bench_teacher(const struct config *c, const char *shape)
     TRY(bench_open(b, "teacher", c, shape));
     TRY(options(b, &o));
     if (o.fp8) TRY(model_check_fp8(b->be, b->config, "teacher.precision"));
+    b->fp8 = o.fp8;
     struct pass pass = {.k = o.k, .full = o.kind == SHARD_FULL};
     TRY(bench_rates(b, bench_teacher_positions(b)));
     t.p = dump_pipeline_new(b->be, b->config, &o);

@@ -80,6 +80,7 @@ int bench_train(const struct config *c, const char *shape)
     struct model_options o = {.N = N, .max_doc = c->corpus_row_length, .head_rows = c->train_chunk_tokens < N ? c->train_chunk_tokens : N, .train = true, .recompute = (enum recompute)policy, .fp8 = !strcmp(c->train_matmul, "fp8")};
     struct pass pass = {.train = true, .recompute = o.recompute, .step_tokens = t.accum * N, .k = k};
     if (o.fp8) TRY(model_check_fp8(b->be, b->config, "train.matmul"));
+    b->fp8 = o.fp8;
     TRY(bench_rates(b, N));
     t.plan = memory_plan_new(b->be);
     t.model = model_new(b->be, b->config, &o, t.plan);
@@ -93,8 +94,8 @@ int bench_train(const struct config *c, const char *shape)
     model_random_weights(t.model, 3);
     t.batch = xcalloc((size_t)t.accum, sizeof *t.batch);
     for (int i = 0; i < t.accum; i++) t.batch[i] = bench_batch(c->train_micro_rows, c->corpus_row_length, V, k, (uint64_t)i);
-    printf("steps   %.2fM parameters, %lld rows of %lld tokens a step in %d micro-batches, top %d targets, recompute %s\n", (double)t.model->params->parameters / 1e6,
-           (long long)(t.accum * c->train_micro_rows), (long long)c->corpus_row_length, t.accum, k, c->train_recompute);
+    printf("steps   %.2fM parameters, %lld rows of %lld tokens a step in %d micro-batches, top %d targets, recompute %s%s\n", (double)t.model->params->parameters / 1e6,
+           (long long)(t.accum * c->train_micro_rows), (long long)c->corpus_row_length, t.accum, k, c->train_recompute, o.fp8 ? ", products in fp8" : "");
     fflush(stdout);
 
     for (int i = 0; i < WARM_STEPS; i++) TRY(step(&t));
