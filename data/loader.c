@@ -389,7 +389,7 @@ int loader_open_dataset(struct loader **out, struct shard_dataset *d, const stru
         if (shard_dataset_left_out(d, shard)) continue;
         rows += shard_rows(m, shard);
         if (o->follow || shard_dataset_has(d, shard)) continue;
-        rc = fail(ERR_INPUT, "%lld of %lld shards are sealed; run teacher-dump again to finish the dataset, set shards.follow: true, or leave out what is missing with --allow-missing", (long long)sealed,
+        rc = fail(ERR_INPUT, "%lld of %lld shards are sealed; run teacher-dump again to finish the dataset, set shards.follow: true, or let train leave out what is missing with --allow-missing", (long long)sealed,
                   (long long)shard_count(m));
         goto out;
     }

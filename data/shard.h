@@ -119,7 +119,8 @@ int  shard_dataset_check_files(struct shard_dataset *d);
 bool shard_dataset_has(const struct shard_dataset *d, int64_t shard);
 /* Shards that cannot be read: not in the journal (never made, or set aside by a repair), or without their file. Ascending, malloc'd. */
 void shard_dataset_missing(struct shard_dataset *d, int64_t **shards, int64_t *n);
-/* From now on these shards are no part of the dataset: loaders give the rows of the others, check_files does not look for them. Before the first loader is opened. */
+/* From now on these shards are no part of the dataset: loaders give the rows of the others, check_files does not look for them. Before a loader's first batch; one that is open already has counted
+ * rows that are gone, and has to be opened again. */
 void shard_dataset_leave_out(struct shard_dataset *d, const int64_t *shards, int64_t n);
 bool shard_dataset_left_out(const struct shard_dataset *d, int64_t shard);
 /* Reads row `row` (0 .. rows-1 of the dataset) into arrays of shard_row_alloc; verifies size and structure on first touch of a file and the row's CRC

@@ -213,7 +213,8 @@ struct ops {
     void (*linear_backward_input)(struct backend *be, act *dx, const act *dy, const act *w, int64_t N, int64_t C, int64_t O);
     void (*linear_backward_weight)(struct backend *be, grad *dw, grad *dbias, const act *dy, const act *x, int64_t N, int64_t C, int64_t O);
 
-    /* ---- the same products of matrices in fp8: multiplied as they are, summed in fp32. Only where be->fp8 ----
+    /* ---- the same products of matrices in fp8: multiplied as they are. Only where be->fp8 ----
+     * Summed in fp32; y and dx on CUDA in the matrix units, which keep fewer bits.
      * A row of x gets e4m3_scale() of its largest magnitude, so nothing saturates; a row with NaN or infinity becomes NaN, its scale is not finite, and so is everything made of it.
      * The same bits on every device. Widths are multiples of be->fp8_multiple; where that is not 1, q and scale are aligned to 16 bytes. */
     void (*quantize)(struct backend *be, const struct fp8 *y, const act *x, int64_t R, int64_t K);
@@ -253,6 +254,7 @@ struct backend {
     bool exact_rows;                    /* as in backend_options */
     bool fp8;                           /* has the products in fp8 */
     int fp8_multiple;                   /* their widths, C and O, and K of what is rounded are multiples of this; N may be anything */
+    int64_t fp8_widest;                 /* the longest row that quantize() takes; 0: any */
     bool host_memory;                   /* what alloc() gives is the host's own memory: it may write there itself */
     void *scratch; size_t scratch_bytes;/* set by the caller from its memory plan, at least ops->scratch_bytes() */
     void *state;                        /* the backend's own */

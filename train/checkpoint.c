@@ -314,7 +314,7 @@ int checkpoint_load(const char *path, struct model *m, struct optimizer *o, stru
     struct moment_context x = {set, m->be, (char *)o->m, (char *)o->v, moments};
     TRY(params_each(m->params, load_moment, &x));
     m->be->ops->sync(m->be);
-    TRY(json_read_file(state_path, 1 << 20, &state));
+    TRY(json_read_file(state_path, 1 << 25, &state));
     TRY(json_get_int(state, "step", state_path, -1, &s->step));
     TRY(json_get_int(state, "epoch", state_path, -1, &s->loader.epoch));
     TRY(json_get_int(state, "cursor", state_path, -1, &s->loader.cursor));

@@ -79,11 +79,12 @@ int dump_error_native(struct dump_error *e, struct backend *be, const struct mod
     size_t scratch_bytes = be->scratch_bytes;                /* what another plan asked for */
     struct memory_plan *plan = memory_plan_new(be);
     struct model *m = model_new(be, files->config, &o, plan);
-    struct batch *b = batch_new(e->n, e->rows->length, NULL, false);
+    struct batch *b = NULL;
     int rc = OK;
     memory_add_scratch(plan, model_scratch_bytes(m, 0));
     rc = memory_commit(plan, memory_limit);
-    if (rc != OK) { fail_in(rc, "measuring the error of fp8 on dump.error_rows %lld in one pass", (long long)e->n); goto out; }
+    if (rc != OK) { fail_in(rc, "measuring the error of fp8 on %lld rows in one pass (lower dump.error_rows)", (long long)e->n); goto out; }
+    b = batch_new(e->n, e->rows->length, NULL, false);
     model_ready(m);
     TRY(model_files_load(files, m));
     set_batch(e, b, 0, e->n, m);
@@ -111,10 +112,13 @@ static void end_row(struct sums *s)
     s->row_n = 0;
 }
 
-static int add(struct sums *s, const struct eval_row *r)
+static int add(struct sums *s, const struct eval_row *r, bool quarantine)
 {
     if (!r->counted) return OK;
-    if (!isfinite(r->teacher_logprob)) return fail(ERR_NUMERIC, "the teacher's logits are not finite; look for NaN and Inf with distill inspect");
+    if (!isfinite(r->teacher_logprob)) {
+        if (quarantine) return OK;
+        return fail(ERR_NUMERIC, "the teacher's logits are not finite; look for NaN and Inf with distill inspect, or let such positions be set aside with --quarantine");
+    }
     if (!isfinite(r->student_logprob + r->forward_kl)) return fail(ERR_NUMERIC, "the teacher's logits are finite at its own precision and not in fp8: set teacher.precision to native");
     s->n++;
     s->row_n++;
@@ -125,7 +129,7 @@ static int add(struct sums *s, const struct eval_row *r)
     return OK;
 }
 
-int dump_error_compare(const struct dump_error *e, struct model *m, const struct error_room *room, int64_t batch_rows, int64_t Vv, struct precision_error *out)
+int dump_error_compare(const struct dump_error *e, struct model *m, const struct error_room *room, int64_t batch_rows, int64_t Vv, bool quarantine, struct precision_error *out)
 {
     struct backend *be = m->be;
     int64_t L = e->rows->length, V = m->c->vocab_size, n;
@@ -145,11 +149,12 @@ int dump_error_compare(const struct dump_error *e, struct model *m, const struct
             be->ops->compare_logits(be, room->rows, m->logits, room->logits, m->labels + first, R, V, V, Vv);
             be->ops->download(be, host, room->rows, (size_t)R * sizeof *host);
             for (int64_t i = 0; i < R; i++) {
-                TRY(add(&s, &host[i]));
+                TRY(add(&s, &host[i], quarantine));
                 if ((first + i + 1) % L == 0) end_row(&s);
             }
         }
     }
+    if (!s.n) { rc = fail(ERR_NUMERIC, "the teacher's logits are not finite at any position that was measured; check the model with distill inspect"); goto out; }
     *out = (struct precision_error){.rows = e->n, .positions = s.n, .kl = fmax(s.kl / (double)s.n, 0), .kl_row_max = s.row_most,
                                     .agreement = (double)s.agree / (double)s.n, .label_difference = s.label / (double)s.n};
 out:

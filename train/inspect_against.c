@@ -102,7 +102,7 @@ static int comparison_open(struct comparison *c, const struct inspect_options *o
     c->plan = memory_plan_new(c->be);
     struct model_options options = {.N = c->m->row_length, .max_doc = c->m->row_length, .head_rows = CHUNK < c->m->row_length ? CHUNK : c->m->row_length, .fp8 = c->m->precision == PRECISION_FP8};
     if (options.fp8 && model_check_fp8(c->be, config, "teacher.precision") != OK) {
-        rc = fail(ERR_USAGE, "%s was dumped by a teacher in fp8, and this build has no products in fp8 for %s on device %s: name another with --device", o->path, o->against, c->be->name);
+        rc = fail_in(ERR_USAGE, "%s was dumped by a teacher in fp8, and has to be compared with one: use --device cpu", o->path);
         goto out;
     }
     c->model = model_new(c->be, config, &options, c->plan);

@@ -252,10 +252,12 @@ int model_load_weights(struct model *m, const struct tensor_set *set, const char
 
 int model_check_fp8(const struct backend *be, const struct model_config *c, const char *key)
 {
-    int64_t heads = c->n_heads * c->head_dim, widths[] = {c->hidden_size, c->intermediate_size, heads, heads + 2 * c->n_kv_heads * c->head_dim};
+    int64_t heads = c->n_heads * c->head_dim, widths[] = {c->hidden_size, c->intermediate_size, heads, heads + 2 * c->n_kv_heads * c->head_dim, 2 * c->intermediate_size};
     if (!be->fp8) return fail(ERR_USAGE, "%s is fp8, and device %s has no products in fp8 in this build; set it to native", key, be->name);
-    for (int i = 0; i < 4; i++)
+    for (int i = 0; i < 5; i++) {
         if (widths[i] % be->fp8_multiple) return fail(ERR_USAGE, "%s is fp8, and device %s multiplies in fp8 only widths that are multiples of %d: the model has one of %lld; set it to native", key, be->name, be->fp8_multiple, (long long)widths[i]);
+        if (be->fp8_widest && widths[i] > be->fp8_widest) return fail(ERR_USAGE, "%s is fp8, and device %s rounds rows of at most %lld numbers: the model has one of %lld; set it to native", key, be->name, (long long)be->fp8_widest, (long long)widths[i]);
+    }
     if (!be->host_memory) return fail(ERR_USAGE, "%s is fp8, and the kernels of device %s for it have not passed their tests on a GPU yet (scripts/gpu.sh runs them): set it to native, or use device cpu", key, be->name);
     return OK;
 }

@@ -56,6 +56,10 @@ static int open_teacher(struct dump *d)
         rc = fail(ERR_USAGE, "dump.batch_rows %lld with rows of %lld tokens is more positions than one pass can count: make dump.batch_rows smaller", (long long)c->dump_batch_rows, (long long)o.row_length);
         goto out;
     }
+    if (!strcmp(c->teacher_precision, "fp8") && c->dump_error_rows > INT32_MAX / o.row_length) {
+        rc = fail(ERR_USAGE, "dump.error_rows %lld with rows of %lld tokens is more positions than one pass can count: make dump.error_rows smaller", (long long)c->dump_error_rows, (long long)o.row_length);
+        goto out;
+    }
     TRY(corpus_read(&d->train, &d->heldout, &o, d->tokenizer, (int32_t)d->Vv));
 out:
     return rc;
@@ -160,7 +164,7 @@ static int load_teacher(struct dump *d)
     }
     TRY(dump_pipeline_ready(p));
     TRY(model_files_load(d->files, p->model));
-    if (e) TRY(dump_error_compare(e, p->model, &p->error_room, p->o.batch_rows, d->Vv, &d->error));
+    if (e) TRY(dump_error_compare(e, p->model, &p->error_room, p->o.batch_rows, d->Vv, d->flags.quarantine, &d->error));
     if (fp8) print_error(&d->error, e ? "measured" : "as measured when the dataset was begun");
     fflush(stdout);
     if (fp8 && !dry_run) rc = error_check(d);
@@ -377,6 +381,9 @@ static int run(struct dump *d)
         printf("; %lld padding columns masked, they held %.2e of the mass\n", (long long)(d->files->config->vocab_size - d->Vv), stats.padding_mass / good);
     }
     if (stats.aside) printf("set aside %lld positions of %lld rows, %lld of them supervised, where the teacher's logits are not finite\n", (long long)stats.aside, (long long)stats.rows_aside, (long long)stats.targets_aside);
+    if (2 * stats.aside > stats.positions)                    /* fewer rows than it takes to stop in the middle */
+        rc = fail(ERR_NUMERIC, "the teacher's logits were not finite at %lld of %lld positions: it is the teacher, not some rows; check the model with distill inspect %s, and dump into another shards.path",
+                  (long long)stats.aside, (long long)stats.positions, d->files->path);
 out:
     free(no_room);
     free(heldout);

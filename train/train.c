@@ -92,6 +92,8 @@ static int check_spike(struct trainer *t, struct step_stats *s)
     int rc = OK;
     if (!strcmp(t->c->train_spike, "stop"))
         rc = fail(ERR_NUMERIC, "%s. No weight was changed (train.spike stop); look at the rows with distill inspect, lower optimizer.lr, or set train.spike to skip", what);
+    else if (!t->c->train_spike_most)
+        rc = fail(ERR_NUMERIC, "%s. train.spike_most is 0, so that no step may be left out: raise it, or set train.spike to stop", what);
     else if (state->in_a_row >= t->c->train_spike_most)
         rc = fail(ERR_NUMERIC, "%s. %lld steps before it were left out as well (train.spike_most): that is no spike, the run has left its way; go on from an earlier checkpoint with a lower optimizer.lr", what,
                   (long long)state->in_a_row);
@@ -215,13 +217,12 @@ static int evaluate_and_report(struct trainer *t)
  * lost is what becomes 0. */
 static int add_census(struct metric *values, const struct fp8_census *census)
 {
-    static const char *const tags[CENSUS_COUNT][3] = {{"fp8/activation_largest", "fp8/activation_zero_share", "fp8/activation_rows_not_finite"}, {"fp8/gradient_largest", "fp8/gradient_zero_share", "fp8/gradient_rows_not_finite"}};
+    static const char *const tags[CENSUS_COUNT][2] = {{"fp8/activation_largest", "fp8/activation_zero_share"}, {"fp8/gradient_largest", "fp8/gradient_zero_share"}};
     int n = 0;
     for (int i = 0; i < CENSUS_COUNT; i++) {
         const struct fp8_census *s = &census[i];
         values[n++] = (struct metric){tags[i][0], s->largest};
         values[n++] = (struct metric){tags[i][1], s->elements > 0 ? s->zeros / s->elements : 0};
-        values[n++] = (struct metric){tags[i][2], s->not_finite};
     }
     return n;
 }
@@ -236,7 +237,7 @@ static int report_step(struct trainer *t, const struct step_stats *s, double rat
         t->share.kd = both > 0 ? s->kd_norm / both : 0;
         t->share.ce = both > 0 ? s->ce_norm / both : 0;
     }
-    struct metric values[13 + 3 * CENSUS_COUNT] = {{"train/loss", s->loss}, {"train/kd", s->kd}, {"train/ce", s->ce}, {"train/grad_norm", s->grad_norm}, {"train/lr", s->lr},
+    struct metric values[13 + 2 * CENSUS_COUNT] = {{"train/loss", s->loss}, {"train/kd", s->kd}, {"train/ce", s->ce}, {"train/grad_norm", s->grad_norm}, {"train/lr", s->lr},
                                     {"train/tokens_per_second", rate}, {"train/loader_wait_seconds", loader_wait_seconds(t->loader)}, {"train/tokens", (double)t->state.tokens}};
     int n = 8;
     if (strcmp(t->c->train_spike, "off")) values[n++] = (struct metric){"train/steps_skipped", (double)t->state.spike.skipped};

@@ -115,7 +115,7 @@ out:
 int trainer_open_loader(const struct trainer *t, bool heldout, struct loader **out)
 {
     struct loader_options o = {.batch_rows = t->c->train_micro_rows, .seed = (uint64_t)t->c->run_seed, .temperature = (float)t->c->objective_temperature, .samples = t->target_kind == TARGET_SAMPLES,
-                               .shuffle = !heldout,                               .follow = t->c->shards_follow && !heldout, .wait_s = t->c->shards_wait_s, .stop = &stop_requested};
+                               .shuffle = !heldout, .follow = t->c->shards_follow && !heldout, .wait_s = t->c->shards_wait_s, .stop = &stop_requested};
     if (from_corpus(t->c)) return loader_open_rows(out, heldout ? t->heldout_rows : t->rows, &o);
     return loader_open_dataset(out, heldout ? t->heldout_dataset : t->dataset, &o);
 }
@@ -217,9 +217,11 @@ static int keep_left_out(struct trainer *t, const struct shard_list *missing, co
         if (!t->dataset || began->shard[i] >= shard_count(shard_dataset_manifest(t->dataset))) return fail(ERR_INPUT, "%s: state.json leaves out a shard %lld, which there is not", path, (long long)began->shard[i]);
         back += !lists(missing, began->shard[i]);
     }
-    printf("resume    %lld shards are there again that were missing when the run began; it goes on without them\n", (long long)back);
+    printf("resume    %lld shards are there again that were missing when the run began; it goes on without them", (long long)back);
     shard_dataset_leave_out(t->dataset, began->shard, began->n);
-    return open_rows(t);
+    int rc = open_rows(t);
+    printf(rc == OK ? ", for %lld steps in all\n" : "\n", (long long)t->steps);
+    return rc;
 }
 
 /* Position of the data, weights and moments of the newest checkpoint, or a fresh start. */
@@ -252,12 +254,12 @@ static int start_or_resume(struct trainer *t)
         rc = fail(ERR_MISMATCH, "%s was trained with run.seed %lld, which gives the order of the rows, not with %lld: resume with the same seed", path, (long long)t->state.seed, (long long)c->run_seed);
         goto out;
     }
+    TRY(keep_left_out(t, &missing, path));
     if (t->state.step > t->steps) {
         rc = fail(ERR_USAGE, "%s is beyond the %lld steps that this configuration asks for (train.steps, train.epochs): ask for more, or start another run.dir", path, (long long)t->steps);
         goto out;
     }
     if (!strcmp(c->train_spike, "off")) spike_forget(&t->state.spike);
-    TRY(keep_left_out(t, &missing, path));
     TRY(loader_seek(t->loader, &t->state.loader));
     printf("resume    from %s\n", path);
     say_changes(c, path);
@@ -321,10 +323,10 @@ int trainer_open(struct trainer **out, const struct config *c, bool plan_only)
     print_plan(t, loader_rows_per_epoch(t->loader));
     if (!plan_only) {
         if (t->dataset && c->train_check_alignment && t->target_kind != TARGET_NONE) TRY(check_alignment(t));
+        TRY(lock_run_dir(t));                    /* a run that is dying still has its memory */
         TRY(memory_commit(t->plan, (size_t)(c->memory_limit_gib * 0x1p30)));
         model_ready(t->model);
         optimizer_ready(t->optimizer);
-        TRY(lock_run_dir(t));
         TRY(start_or_resume(t));
         model_weights_changed(t->model);
         TRY(open_run_dir(t));

@@ -33,7 +33,7 @@ struct trainer {
     struct batch **batch;                     /* [accum] copies: targets are counted over all of them before the first gradient */
     int64_t steps;                            /* of the whole run */
     struct train_state state;
-    int zero_kd;                              /* steps in a row whose KD part was exactly 0 */
+    int zero_kd;                              /* steps in a row, of this process, whose KD part was exactly 0 */
     struct { bool known; double kd, ce; } share;      /* of the gradient's norm, as this process measured them last */
     struct metrics *metrics;
     int lock;                                 /* of run.dir, held to the end; -1: none */

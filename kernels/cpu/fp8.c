@@ -1,6 +1,6 @@
 /* Matrices in fp8 (base/fp8.h): rounding into them, and the products of what was rounded.
  *     q[r,k] = e4m3(x[r,k] / scale[r]),  scale[r] = e4m3_scale(max_k |x[r,k]|);  NaN throughout where that is not finite
- * The product of two e4m3 numbers is exact in fp32, so devices differ by the order of a sum, as everywhere else. Here the numbers are turned back into floats, a
+ * The product of two e4m3 numbers is exact in fp32, so devices differ by the order of a sum, and by the bits their sums keep (kernels/cuda/linear.c). Here the numbers are turned back into floats, a
  * panel of outputs at a time, and linear.c multiplies them. */
 #include <string.h>
 

@@ -12,7 +12,7 @@
 #include "kernels/cuda/cuda.h"
 #include "kernels/cuda/open.h"
 
-enum { STAGING_HALF = 32 << 20, OLDEST_CUDNN = 91002 };
+enum { STAGING_HALF = 32 << 20, OLDEST_CUDNN = 91002, OLDEST_CUBLASLT_FP8 = 120900 /* scales per row */ };
 
 void cuda_failed(const char *library, const char *reason, const char *expression, const char *file, int line)
 {
@@ -231,7 +231,7 @@ int cuda_backend_open(struct backend **out, const struct backend_options *o)
     int rc = OK, devices = 0;
     struct cuda_state *s = xcalloc(1, sizeof *s);
     struct backend *be = xcalloc(1, sizeof *be);
-    *be = (struct backend){.name = "cuda", .ops = &cuda_ops, .fp8 = true, .fp8_multiple = CUDA_FP8_MULTIPLE, .state = s, .description = s->description};
+    *be = (struct backend){.name = "cuda", .ops = &cuda_ops, .fp8_multiple = CUDA_FP8_MULTIPLE, .state = s, .description = s->description};
     TRY(choose_types(be, o));
     s->deterministic = o->deterministic;
     cudaError_t code = cudaGetDeviceCount(&devices);
@@ -250,6 +250,8 @@ int cuda_backend_open(struct backend **out, const struct backend_options *o)
         rc = fail(ERR_USAGE, "device cuda: cuDNN %zu is too old for packed attention; install 9.11 or newer", cudnnGetVersion());
         goto out;
     }
+    be->fp8 = cublasLtGetVersion() >= OLDEST_CUBLASLT_FP8;
+    be->fp8_widest = CUDA_FP8_WIDEST_BYTES / (int64_t)dtype_width(be->act_dtype);
     s->sms = card.multiProcessorCount;
     CUDA_CHECK(cudaStreamCreateWithFlags(&s->stream, cudaStreamNonBlocking));
     CUDA_CHECK(cudaStreamCreateWithFlags(&s->copies, cudaStreamNonBlocking));

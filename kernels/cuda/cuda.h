@@ -88,7 +88,8 @@ bool cuda_product(struct backend *be, const struct product_args *p);
 
 /* fp8.cu: what products in fp8 read. out (K, padded) = in (R, K)^T, its columns R .. padded - 1 zero. _folded: *one = max_r scale[r] times[r], and row r of `in` is
  * rounded once more, from scale[r] times[r] to *one. Both on the device, nothing waits. */
-enum { CUDA_FP8_MULTIPLE = 16 };                /* widths: 16 bytes, what cuBLASLt asks of rows in fp8 */
+enum { CUDA_FP8_MULTIPLE = 16,                  /* widths: 16 bytes, what cuBLASLt asks of rows in fp8 */
+       CUDA_FP8_WIDEST_BYTES = 1 << 17 };       /* a row that is rounded stays in the registers of a block */
 void cuda_fp8_transpose(struct backend *be, uint8_t *out, const uint8_t *in, int64_t R, int64_t K, int64_t padded);
 void cuda_fp8_transpose_folded(struct backend *be, uint8_t *out, float *one, const struct fp8 *in, const float *times, int64_t R, int64_t K, int64_t padded);
 /* as cuda_column_sums() */

@@ -312,6 +312,7 @@ extern "C" void cuda_quantize(struct backend *be, const struct fp8 *y, const act
     CUDA_REQUIRE(aligned16(x), "quantize: the input is not aligned to 16 bytes");
     DISPATCH(be->act_dtype, T,
         int64_t vectors = K / vector_width<T>();
+        static_assert(8 * QUANTIZE_THREADS * vector_width<T>() * sizeof(T) == CUDA_FP8_WIDEST_BYTES, "the seam says how wide a row may be");
         CUDA_REQUIRE(vectors <= 8 * QUANTIZE_THREADS, "quantize: rows this wide are not implemented");
         if (vectors <= 256) launch_quantize<T, 1>(be, y, x, R, K);
         else if (vectors <= 1024) launch_quantize<T, 2>(be, y, x, R, K);
