@@ -243,13 +243,15 @@ struct ops {
     /* ---- optimizer: flat ranges ---- */
     void (*sum_squares)(struct backend *be, double *sum, const grad *g, int64_t count);    /* *sum (device) = */
     void (*sum_rows)(struct backend *be, double *sum, const float *x, int64_t count);      /* *sum (device) += */
-    /* Skips itself when *grad_sum_squares is not finite. master NULL: w is the master (fp32) or is rounded stochastically (bf16). */
+    /* Skips itself when *grad_sum_squares is not finite. master: what is updated, and w becomes it, rounded to nearest; only with fp32 moments. NULL: w itself is
+     * updated, in fp32 or rounded stochastically to bf16. */
     void (*adamw)(struct backend *be, act *w, float *master, const grad *g, moment *m, moment *v, int64_t count, const double *grad_sum_squares, const struct adamw_args *a);
 };
 
 struct backend {
     const char *name;                   /* "cpu", "cuda" */
     enum dtype act_dtype, grad_dtype, moment_dtype;
+    bool master;                        /* the optimizer keeps an fp32 copy of the weights for adamw: recipe exact. Any device with fp32 moments can; fp32 weights need none */
     const struct ops *ops;
     bool exact_rows;                    /* as in backend_options */
     bool fp8;                           /* has the products in fp8 */

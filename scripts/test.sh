@@ -55,7 +55,7 @@ if [ $fast = 0 ]; then
         LSAN_OPTIONS=suppressions=$PWD/tests/leaks.txt run_suite build-sanitize --no-suite slow
 
     echo "== fuzz targets"
-    seconds=$([ $long = 1 ] && echo 3600 || echo 15)
+    seconds=$([ $long = 1 ] && echo 3600 || echo 10)
     if scripts/fuzz.sh "$seconds"; then passed=$((passed + 1)); else failed=$((failed + 1)); fi
 fi
 

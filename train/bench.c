@@ -55,7 +55,7 @@ void bench_figure_more(const struct bench *b, const char *figure, double value, 
 int bench_open(struct bench *b, const char *part, const struct config *c, const char *shape)
 {
     int rc = OK;
-    struct backend_options device = {.device = c->run_device, .threads = (int)c->run_threads, .deterministic = c->train_deterministic};
+    struct backend_options device = {.device = c->run_device, .threads = (int)c->run_threads, .deterministic = c->train_deterministic, .recipe = c->train_recipe};
     *b = (struct bench){.c = c, .part = part, .shape = shape};
     TRY(model_config_read(&b->config, shape));
     b->all_layers = b->config->n_layers;
@@ -342,7 +342,8 @@ static int limit_rows(const struct bench *b, const struct pass *p, struct row *r
     if (block) ROW("recompute rope, norms", ROW_BYTES, L * (6 * C + 2 * W + (c->qk_norm ? 2 * W : 0)) * e, c->qk_norm ? "L (6 C + 4 W) e" : "L (6 C + 2 W) e");
     else if (cheap) ROW("recompute norms", ROW_BYTES, 4 * L * C * e, "4 L C e");
     if (cheap) ROW("recompute swiglu", ROW_BYTES, 3 * L * F * e, "3 L F e");
-    ROW("optimizer", ROW_BYTES, optimizer * (2 * e + 3 * g + 4 * m), "(2 e + 3 g + 4 m) parameters / tokens per step: AdamW, the norm, zeroed gradients");
+    if (b->be->master) ROW("optimizer", ROW_BYTES, optimizer * (e + 8 + 3 * g + 4 * m), "(e + 8 + 3 g + 4 m) parameters / tokens per step: AdamW with its fp32 master, the norm, zeroed gradients");
+    else ROW("optimizer", ROW_BYTES, optimizer * (2 * e + 3 * g + 4 * m), "(2 e + 3 g + 4 m) parameters / tokens per step: AdamW, the norm, zeroed gradients");
 #undef ROW
     CHECK(n <= MAX_LIMIT_ROWS, "more rows of the limit than there is room for");
     return n;

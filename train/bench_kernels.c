@@ -150,7 +150,7 @@ CALL(call_cached) { OP->attention_cached(BE, at(k, 0), at(k, 1), at(k, 2), at(k,
 CALL(call_targets) { OP->teacher_targets(BE, &k->out, at(k, 1), k->targets.labels, k->R, k->V, k->Vv); }
 CALL(call_sample) { OP->sample_targets(BE, &k->sample, at(k, 1), k->R, k->V, k->Vv); }
 CALL(call_compare) { OP->compare_logits(BE, at(k, 0), at(k, 1), at(k, 2), k->targets.labels, k->R, k->V, k->V, k->Vv); }
-CALL(call_adamw) { OP->adamw(BE, at(k, 0), NULL, at(k, 1), at(k, 2), at(k, 3), k->n[0], at(k, 4), &k->adamw); }
+CALL(call_adamw) { OP->adamw(BE, at(k, 0), BE->master ? at(k, 5) : NULL, at(k, 1), at(k, 2), at(k, 3), k->n[0], at(k, 4), &k->adamw); }
 CALL(call_sum_rows) { OP->sum_rows(BE, at(k, 0), at(k, 1), k->n[0]); }
 
 /* The loss overwrites its logits: they are copied in first, and that copy is timed apart. */
@@ -477,13 +477,15 @@ static void optimizer(struct kernels *k)
 {
     double count = bench_on_cpu(&k->b) ? 0x1p24 : 0x1p29, rows = (double)k->R;
     if (!wanted(k, "adamw") && !wanted(k, "sum_squares") && !wanted(k, "sum_rows")) return;
-    set_begin(k, count * (k->e + k->g + 2 * k->m));
+    bool master = k->b.be->master;
+    set_begin(k, count * (k->e + k->g + 2 * k->m + (master ? 4 : 0)));
     k->n[0] = (int64_t)count;
     k->adamw = (struct adamw_args){.lr = 1e-5, .beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8, .weight_decay = 0.1, .step = 100, .clip = 1, .seed = 1};
     normals(k, 0, count, 0.02f); normals_at(k, 1, count * k->g, 0, 1e-4f); normals_at(k, 2, count * k->m, 0, 1e-4f);
     normals_at(k, 3, count * k->m, 1e-8f, 1e-9f);             /* second moments: positive */
     words32_at(k, 4, 2, one_as_double);
-    bandwidth(k, "adamw", "", call_adamw, count * (2 * k->e + k->g + 4 * k->m));
+    if (master) normals_at(k, 5, count * 4, 0, 0.02f);
+    bandwidth(k, "adamw", master ? "with a master" : "", call_adamw, count * ((master ? k->e + 8 : 2 * k->e) + k->g + 4 * k->m));
     words32_at(k, 0, 2, one_as_double);
     bandwidth(k, "sum_squares", "of gradients", call_read, count * k->g);
     k->n[0] = k->R;

@@ -92,6 +92,7 @@ int bench_train(const struct config *c, const char *shape)
     model_ready(t.model);
     optimizer_ready(t.optimizer);
     model_random_weights(t.model, 3);
+    optimizer_master_from_weights(t.optimizer);
     t.batch = xcalloc((size_t)t.accum, sizeof *t.batch);
     for (int i = 0; i < t.accum; i++) t.batch[i] = bench_batch(c->train_micro_rows, c->corpus_row_length, V, k, (uint64_t)i);
     printf("steps   %.2fM parameters, %lld rows of %lld tokens a step in %d micro-batches, top %d targets, recompute %s%s\n", (double)t.model->params->parameters / 1e6,

@@ -15,16 +15,30 @@ static const char PREFIX[] = "step-", TEMPORARY[] = ".tmp-step-";
 
 /* ---- writing ---- */
 
-struct dump { const struct model *m; const char *base; size_t width; };   /* a flat device array and its element size */
+/* A flat array on the device, and what its tensors are called: prefix and the weight's name. */
+struct flat { const char *prefix; char *base; enum dtype dtype; };
+enum { MOST_ARRAYS = 3 };
 
-struct spec_list { struct tensor_spec *spec; int n, room; const char *prefix; enum dtype dtype; };
+/* What optimizer.safetensors holds, with and without a master. */
+static int optimizer_arrays(const struct optimizer *o, struct flat array[MOST_ARRAYS])
+{
+    enum dtype moment = o->model->be->moment_dtype;
+    array[0] = (struct flat){"exp_avg.", (char *)o->m, moment};
+    array[1] = (struct flat){"exp_avg_sq.", (char *)o->v, moment};
+    array[2] = (struct flat){"master.", (char *)o->master, DTYPE_F32};
+    return o->master ? 3 : 2;
+}
+
+struct dump { const struct model *m; const struct flat *array; int n; };
+
+struct spec_list { struct tensor_spec *spec; int n, room; const struct flat *array; };
 
 static int add_spec(void *context, const char *name, int n_dims, const int64_t *shape, int64_t offset)
 {
     struct spec_list *l = context;
     if (l->n == l->room) l->spec = xrealloc(l->spec, (size_t)(l->room = l->room ? 2 * l->room : 64) * sizeof *l->spec);
     struct tensor_spec *s = &l->spec[l->n++];
-    *s = (struct tensor_spec){.name = xasprintf("%s%s", l->prefix, name), .dtype = l->dtype, .n_dims = n_dims, .user = (void *)(intptr_t)offset};
+    *s = (struct tensor_spec){.name = xasprintf("%s%s", l->array->prefix, name), .dtype = l->array->dtype, .n_dims = n_dims, .user = (void *)(intptr_t)offset};
     memcpy(s->shape, shape, (size_t)n_dims * sizeof *shape);
     return OK;
 }
@@ -38,32 +52,40 @@ static void free_specs(struct spec_list *l)
 static int fill_from_device(void *context, const struct tensor_spec *spec, size_t offset, size_t bytes, void *out)
 {
     const struct dump *d = context;
-    /* "exp_avg_sq." selects the second array; weights have no prefix */
-    const char *base = strncmp(spec->name, "exp_avg_sq.", 11) ? d[0].base : d[1].base;
-    d->m->be->ops->download(d->m->be, out, base + (size_t)(intptr_t)spec->user * d->width + offset, bytes);
+    const struct flat *array = d->array;
+    while (strncmp(spec->name, array->prefix, strlen(array->prefix))) array++;
+    d->m->be->ops->download(d->m->be, out, array->base + (size_t)(intptr_t)spec->user * dtype_width(array->dtype) + offset, bytes);
     return OK;
 }
 
+static void list_specs(struct spec_list *l, const struct dump *d)
+{
+    for (int i = 0; i < d->n; i++) {
+        l->array = &d->array[i];
+        params_each(d->m->params, add_spec, l);
+    }
+}
+
+/* In the type the model computes with, beside a master too: it is the model that the run's losses and held-out figures are of, and what the next step starts from. */
 static int write_weights(const char *dir, const struct model *m)
 {
-    struct spec_list list = {.prefix = "", .dtype = m->be->act_dtype};
-    struct dump d = {m, (const char *)m->weights, dtype_width(m->be->act_dtype)};
-    params_each(m->params, add_spec, &list);
+    struct flat weights = {"", (char *)m->weights, m->be->act_dtype};
+    struct dump d = {m, &weights, 1};
+    struct spec_list list = {0};
+    list_specs(&list, &d);
     int rc = safetensors_write_dir(dir, list.spec, list.n, 0, fill_from_device, &d);
     free_specs(&list);
     return rc;
 }
 
-static int write_moments(const char *dir, const struct optimizer *o)
+static int write_optimizer(const char *dir, const struct optimizer *o)
 {
-    const struct model *m = o->model;
-    struct spec_list list = {.prefix = "exp_avg.", .dtype = m->be->moment_dtype};
-    struct dump d[2] = {{m, (const char *)o->m, dtype_width(m->be->moment_dtype)}, {m, (const char *)o->v, dtype_width(m->be->moment_dtype)}};
+    struct flat array[MOST_ARRAYS];
+    struct dump d = {o->model, array, optimizer_arrays(o, array)};
+    struct spec_list list = {0};
     char *path = path_join(dir, "optimizer.safetensors");
-    params_each(m->params, add_spec, &list);
-    list.prefix = "exp_avg_sq.";
-    params_each(m->params, add_spec, &list);
-    int rc = safetensors_write(path, list.spec, list.n, NULL, fill_from_device, d);
+    list_specs(&list, &d);
+    int rc = safetensors_write(path, list.spec, list.n, NULL, fill_from_device, &d);
     free_specs(&list);
     free(path);
     return rc;
@@ -135,7 +157,7 @@ static int write_all(const char *dir, const struct model *m, const struct optimi
     TRY(write_json(dir, "config.json", model_config_to_json(m->c, type_name[m->be->act_dtype])));
     if (tokenizer_dir) TRY(copy_tokenizer_files(tokenizer_dir, dir));
     TRY(write_weights(dir, m));
-    TRY(write_moments(dir, o));
+    TRY(write_optimizer(dir, o));
     TRY(config_write(config, yaml));
     TRY(write_json(dir, "state.json", state_to_json(s, m->be->name)));
     TRY(write_file_list(dir));
@@ -278,28 +300,46 @@ int checkpoint_or(const char *given, const char *run_dir, const char *key, char 
 
 /* ---- reading ---- */
 
-struct moment_context { const struct tensor_set *set; struct backend *be; char *m, *v; const char *path; };
+struct optimizer_load { const struct tensor_set *set; struct backend *be; const struct flat *array; int n; const char *path; };
 
-static int load_moment(void *context, const char *name, int n_dims, const int64_t *shape, int64_t offset)
+static int load_tensor(void *context, const char *name, int n_dims, const int64_t *shape, int64_t offset)
 {
-    struct moment_context *x = context;
-    size_t width = dtype_width(x->be->moment_dtype);
-    for (int second = 0; second < 2; second++) {
+    struct optimizer_load *l = context;
+    for (const struct flat *array = l->array; array < l->array + l->n; array++) {
         char key[160];
-        snprintf(key, sizeof key, "%s%s", second ? "exp_avg_sq." : "exp_avg.", name);
-        const struct tensor_view *v = tensor_set_find(x->set, key);
+        snprintf(key, sizeof key, "%s%s", array->prefix, name);
+        const struct tensor_view *v = tensor_set_find(l->set, key);
         int64_t count = shape[0] * (n_dims == 2 ? shape[1] : 1);
-        if (!v || v->count != count || v->dtype != x->be->moment_dtype)
-            return fail(ERR_MISMATCH, "%s: %s does not fit this run's optimizer; resume with the model and device the checkpoint was made with", x->path, key);
-        x->be->ops->upload(x->be, (second ? x->v : x->m) + (size_t)offset * width, v->data, v->bytes);
+        if (!v || v->count != count || v->dtype != array->dtype)
+            return fail(ERR_MISMATCH, "%s: %s does not fit this run's optimizer; resume with the model and device the checkpoint was made with", l->path, key);
+        l->be->ops->upload(l->be, array->base + (size_t)offset * dtype_width(array->dtype), v->data, v->bytes);
     }
+    return OK;
+}
+
+/* NULL: fp32 weights without a master, as the CPU has them, which no recipe changes */
+static const char *recipe_of(bool master, enum dtype moment) { return master ? "exact" : moment == DTYPE_F32 ? NULL : "compact"; }
+
+/* Another recipe's state is refused as what it is, before its first tensor is found not to fit. */
+static int check_recipe(const struct tensor_set *set, const struct optimizer *o, const char *path)
+{
+    char first[160], master[160];
+    snprintf(first, sizeof first, "exp_avg.%s", o->model->params->embed->part[0].name);
+    snprintf(master, sizeof master, "master.%s", o->model->params->embed->part[0].name);
+    const struct tensor_view *m = tensor_set_find(set, first);
+    bool has_master = tensor_set_find(set, master) != NULL;
+    const char *was = recipe_of(has_master, m ? m->dtype : DTYPE_F32), *is = recipe_of(o->master, o->model->be->moment_dtype);
+    if (was && is && strcmp(was, is))
+        return fail(ERR_MISMATCH, "%s: was written by a run with train.recipe %s, this run's is %s: resume with train.recipe %s, or start another run.dir", path, was, is, was);
+    if (has_master && !o->master)
+        return fail(ERR_MISMATCH, "%s: holds master weights (%s), which this run's device does not keep; resume with the device the checkpoint was made with", path, master);
     return OK;
 }
 
 int checkpoint_load(const char *path, struct model *m, struct optimizer *o, struct train_state *s)
 {
     int rc = OK;
-    char *state_path = path_join(path, "state.json"), *moments = path_join(path, "optimizer.safetensors");
+    char *state_path = path_join(path, "state.json"), *optimizer = path_join(path, "optimizer.safetensors");
     struct model_files *files = NULL;
     struct tensor_set *set = NULL;
     json_t *state = NULL;
@@ -310,9 +350,12 @@ int checkpoint_load(const char *path, struct model *m, struct optimizer *o, stru
     model_config_hash(m->c, want);
     if (strcmp(have, want)) { rc = fail(ERR_MISMATCH, "%s: config.json differs from this run's student; resume with the configuration the run was started with", path); goto out; }
     TRY(model_files_load(files, m));
-    TRY(tensor_set_open(&set, moments));
-    struct moment_context x = {set, m->be, (char *)o->m, (char *)o->v, moments};
-    TRY(params_each(m->params, load_moment, &x));
+    TRY(tensor_set_open(&set, optimizer));
+    TRY(check_recipe(set, o, optimizer));
+    struct flat array[MOST_ARRAYS];
+    struct optimizer_load load = {set, m->be, array, optimizer_arrays(o, array), optimizer};
+    TRY(params_each(m->params, load_tensor, &load));
+    o->master_filled = true;
     m->be->ops->sync(m->be);
     TRY(json_read_file(state_path, 1 << 25, &state));
     TRY(json_get_int(state, "step", state_path, -1, &s->step));
@@ -331,6 +374,6 @@ out:
     tensor_set_close(set);
     json_decref(state);
     free(state_path);
-    free(moments);
+    free(optimizer);
     return rc;
 }

@@ -1,6 +1,6 @@
 /* Checkpoints: run.dir/checkpoints/step-NNNNNNNN, a model directory that every other tool loads as it is, and beside the weights
  *
- *     optimizer.safetensors    exp_avg.<name>, exp_avg_sq.<name>, in the moments' own type
+ *     optimizer.safetensors    exp_avg.<name>, exp_avg_sq.<name>, in the moments' own type; master.<name>, F32, where the optimizer has a master
  *     state.json               step, loader position, seed, tokens seen, dataset id, device type; where there are any: the shards that are left out, and the
  *                              losses and norms that spikes are told by
  *     run.yaml                 the resolved configuration
@@ -35,7 +35,7 @@ int checkpoint_save(const char *run_dir, const struct model *m, const struct opt
                     const char *tokenizer_dir, int64_t keep);
 /* Newest checkpoint whose files verify; *path malloc'd, NULL when there is none. ERR_INPUT: there are some and every one is broken. */
 int checkpoint_find(const char *run_dir, char **path);
-/* Weights, moments and state. ERR_MISMATCH when it belongs to another architecture. */
+/* Weights, moments, master and state. ERR_MISMATCH when it belongs to another architecture or another train.recipe. */
 int checkpoint_load(const char *path, struct model *m, struct optimizer *o, struct train_state *s);
 /* What eval, generate and export take: `given` if not empty, else the run's newest checkpoint. malloc'd. ERR_USAGE when there is neither. */
 int checkpoint_or(const char *given, const char *run_dir, const char *key, char **path);

@@ -40,7 +40,7 @@ struct config {
     /* schedule */
     char *schedule_kind; int64_t schedule_warmup_steps; double schedule_final_ratio, schedule_decay_fraction;
     /* train */
-    char *train_source, *train_recompute, *train_matmul; int64_t train_steps, train_batch_rows, train_micro_rows, train_chunk_tokens;
+    char *train_source, *train_recompute, *train_matmul, *train_recipe; int64_t train_steps, train_batch_rows, train_micro_rows, train_chunk_tokens;
     int64_t train_eval_every, train_checkpoint_every, train_keep_checkpoints, train_log_every, train_measure_every; double train_epochs; bool train_check_alignment, train_deterministic;
     char *train_spike; double train_spike_threshold; int64_t train_spike_most;
     /* memory */

@@ -148,7 +148,7 @@ struct model *model_new(struct backend *be, const struct model_config *c, const 
     }
     if (o->mapped) memory_add(plan, "blocks on the device", "the model", &m->home.block, (size_t)m->home.layout.block);
     memory_add(plan, o->train ? "student weights" : "weights", "the model", &m->weights, (size_t)(m->home.layout.total - (o->layer_slots || o->mapped ? blocks : 0)));
-    if (o->train) memory_add(plan, "gradients", "the model", &m->grads, (size_t)m->params->total * dtype_width(be->grad_dtype));
+    if (o->train) memory_add(plan, "gradients", be->master ? "train.recipe" : "the model", &m->grads, (size_t)m->params->total * dtype_width(be->grad_dtype));
     size_t rope = (size_t)o->max_doc * (size_t)(c->head_dim / 2) * sizeof(float);
     memory_add(plan, "batch and tables", batch_key, &m->rope_cos, rope);
     memory_add(plan, "batch and tables", batch_key, &m->rope_sin, rope);

@@ -112,6 +112,8 @@ const struct option options[] = {
     CHOICE("train.recompute", train_recompute, "none", "none|swiglu_norm|ffn|block", T | B, "activations computed again in backward to save memory; the result is the same to the bit"),
     CHOICE("train.matmul", train_matmul, "native", "native|fp8", T | B,
            "fp8: the products of the blocks, forward and backward, of factors rounded to e4m3 with a scale per row; weights and moments stay what they are"),
+    CHOICE("train.recipe", train_recipe, "compact", "compact|exact", T | B,
+           "cuda, bytes per parameter: compact (8) keeps weights, gradients and moments in bf16 and rounds each update stochastically; exact (18) keeps gradients, moments and a master copy of the weights in fp32, the weights being the master rounded to bf16. cpu: everything is fp32, no effect"),
     WHOLE ("train.eval_every", train_eval_every, "0", 0, MANY, T, "steps between evaluations on held-out rows; 0: none"),
     WHOLE ("train.checkpoint_every", train_checkpoint_every, "0", 0, MANY, T, "steps between checkpoints; 0: only at the end"),
     WHOLE ("train.keep_checkpoints", train_keep_checkpoints, "2", 1, 1e6, T, "older checkpoints are removed"),

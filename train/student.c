@@ -86,6 +86,13 @@ int student_weights(const struct student *s, struct model *m, uint64_t seed)
     return OK;
 }
 
+int student_master(const struct student *s, struct optimizer *o)
+{
+    if (s->files) return optimizer_load_master(o, s->files->tensors, s->files->path, s->layer_of);
+    optimizer_master_from_weights(o);
+    return OK;
+}
+
 void student_describe(const struct student *s, const struct config *c, int64_t parameters)
 {
     const struct model_config *k = s->config;

@@ -4,6 +4,7 @@
 
 #include "train/config.h"
 #include "train/load.h"
+#include "train/optimizer.h"
 
 struct student {
     struct model_config *config;
@@ -18,6 +19,8 @@ int  student_open(struct student **out, const struct config *c);
 void student_close(struct student *s);                      /* NULL-safe */
 /* Into the model's weights. */
 int  student_weights(const struct student *s, struct model *m, uint64_t seed);
+/* Into the optimizer's master of these weights, where it has one: from the files at their own precision. */
+int  student_master(const struct student *s, struct optimizer *o);
 void student_describe(const struct student *s, const struct config *c, int64_t parameters);   /* one line to stdout */
 
 /* The directory whose tokenizer a run uses: tokenizer.path, else the first of `candidates` (NULL-terminated) with a tokenizer.json; NULL: none. malloc'd. */

@@ -130,7 +130,7 @@ static int plan_memory(struct trainer *t)
 {
     static const char *const recompute[] = {[RECOMPUTE_NONE] = "none", [RECOMPUTE_SWIGLU_NORM] = "swiglu_norm", [RECOMPUTE_FFN] = "ffn", [RECOMPUTE_BLOCK] = "block", NULL};
     const struct config *c = t->c;
-    struct backend_options device = {.device = c->run_device, .threads = (int)c->run_threads, .deterministic = c->train_deterministic};
+    struct backend_options device = {.device = c->run_device, .threads = (int)c->run_threads, .deterministic = c->train_deterministic, .recipe = c->train_recipe};
     int rc = OK;
     TRY(backend_open(&t->be, &device));
     int64_t N = c->train_micro_rows * t->row_length;
@@ -239,6 +239,7 @@ static int start_or_resume(struct trainer *t)
     if (!path) {
         if (c->run_resume) printf("resume    %s has no checkpoint yet: starting from the beginning\n", c->run_dir);
         TRY(student_weights(t->student, t->model, (uint64_t)c->run_seed));
+        TRY(student_master(t->student, t->optimizer));
         strcpy(t->state.data_id, t->data_id);
         t->state.seed = c->run_seed;
         goto out;

@@ -1,6 +1,6 @@
 /* AdamW (the maths is in cpu/adamw.c), one pass: every state is read and written once.
  *
- * Types: fp32 throughout; bf16 weights, gradients and moments (compact); bf16 weights with fp32 gradients, moments and either a fp32
+ * Types: fp32 throughout, with a master or none; bf16 weights, gradients and moments (compact); bf16 weights with fp32 gradients, moments and either a fp32
  * master or none. The update itself is fp32 from unrounded m and v. What is kept in bf16 and has no fp32 master is rounded
  * stochastically: up with the probability of the part cut off, so that updates below half a unit are not lost. The 32 bits of an
  * element are word (e mod 4) of Philox 4x32-10 (Salmon et al. 2011) at counter (e / 4, step) under the seed, e its index in the
@@ -119,7 +119,8 @@ extern "C" void cuda_adamw(struct backend *be, act *w, float *master, const grad
     k.v_scale = (float)(1 / sqrt(1 - pow(a->beta2, (double)a->step)));
     k.decay = (float)(a->lr * a->weight_decay);
     k.clip = a->clip; k.seed = a->seed; k.step = (uint64_t)a->step; k.first = a->first;
-    if (be->act_dtype == DTYPE_F32) launch<float, float, float, false>(be, w, NULL, g, m, v, count, grad_sum_squares, k);
+    if (be->act_dtype == DTYPE_F32 && master) launch<float, float, float, true>(be, w, master, g, m, v, count, grad_sum_squares, k);
+    else if (be->act_dtype == DTYPE_F32) launch<float, float, float, false>(be, w, NULL, g, m, v, count, grad_sum_squares, k);
     else if (be->moment_dtype == DTYPE_BF16) {
         CUDA_REQUIRE(!master && be->grad_dtype == DTYPE_BF16, "adamw: bf16 moments go with bf16 gradients and no master weights");
         launch<bf16, bf16, bf16, false>(be, w, NULL, g, m, v, count, grad_sum_squares, k);

@@ -222,7 +222,8 @@ static int choose_types(struct backend *be, const struct backend_options *o)
     if (strcmp(precision, "bf16")) return fail(ERR_USAGE, "device cuda: unknown precision \"%s\"; known: bf16, fp32", precision);
     if (strcmp(recipe, "compact") && strcmp(recipe, "exact")) return fail(ERR_USAGE, "device cuda: unknown recipe \"%s\"; known: compact, exact", recipe);
     be->act_dtype = DTYPE_BF16;
-    be->grad_dtype = be->moment_dtype = !strcmp(recipe, "exact") ? DTYPE_F32 : DTYPE_BF16;
+    be->master = !strcmp(recipe, "exact");
+    be->grad_dtype = be->moment_dtype = be->master ? DTYPE_F32 : DTYPE_BF16;
     return OK;
 }
 

@@ -14,7 +14,8 @@ enum { GUARD = 256, GUARD_BYTE = 0xa5, POISON_BYTE = 0xff };
 
 static bool open_rig(struct rig *r, const char *device, const char *precision)
 {
-    struct backend_options o = {.device = device, .precision = precision, .threads = 0};
+    bool exact = precision && !strcmp(precision, "exact");
+    struct backend_options o = {.device = device, .precision = exact ? "bf16" : precision, .recipe = exact ? "exact" : NULL, .threads = 0};
     *r = (struct rig){0};
     if (backend_open(&r->be, &o) != OK) return false;
     r->op = r->be->ops;
@@ -268,7 +269,7 @@ void expect_gradient(struct outputs *out, const char *name, double *x, int64_t n
 
 void ops_compare(const struct case_list *l, const char *precision)
 {
-    bool bf16 = !strcmp(precision, "bf16");
+    bool bf16 = strcmp(precision, "fp32");
     struct rig cpu, gpu;
     if (!rig_open_gpu(&gpu, l->op, precision)) cr_skip_test("no device");
     rig_open_cpu(&cpu);

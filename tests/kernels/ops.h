@@ -76,7 +76,8 @@ void expect_floats(const float *got, const double *want, int64_t n, double floor
 void expect_gradient(struct outputs *out, const char *name, double *x, int64_t n, double (*loss)(void *context), void *context, double h, int64_t budget,
                      double bound, const char *what);
 
-/* The gpu half: runs all cases on the CPU and on device cuda in `precision`, compares every output. Without a device it prints
+/* The gpu half: runs all cases on the CPU and on device cuda in `precision`, compares every output. "fp32", "bf16" (recipe compact), or "exact": bf16 with the recipe
+ * of that name, whose gradients and moments are fp32. Without a device it prints
  * SKIPPED with the reason and skips the test. */
 struct case_list { const char *op; const void *cases; size_t n, size; void (*run)(struct rig *r, const void *c, struct outputs *out); const char *(*name)(const void *c); };
 void ops_compare(const struct case_list *l, const char *precision);

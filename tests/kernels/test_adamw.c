@@ -1,5 +1,6 @@
 /* adamw: ten steps against the formula in double, with the clip active and not; a norm that is not finite leaves every bit alone;
- * any split into ranges gives the same bits; without a master copy, bf16 weights are rounded stochastically and without bias. */
+ * any split into ranges gives the same bits; a master is what is updated, the weights its rounded copy, whatever they were; without one, bf16
+ * weights are rounded stochastically and without bias. */
 #include "tests/kernels/ops.h"
 
 #include <math.h>
@@ -41,8 +42,8 @@ static struct state make_state(struct rig *r, const struct adamw_case *c)
 {
     float *w = acts(r, c->count, 1, 1), *zero = floats(r, c->count);
     memset(zero, 0, (size_t)c->count * sizeof *zero);
-    bool master = c->master && r->be->act_dtype != DTYPE_F32 && r->be->moment_dtype == DTYPE_F32;
-    return (struct state){upload_act(r, w, c->count), master ? upload(r, w, (size_t)c->count * sizeof *w) : NULL, upload_moment(r, zero, c->count), upload_moment(r, zero, c->count)};
+    bool master = c->master && r->be->moment_dtype == DTYPE_F32;
+    return (struct state){upload_act(r, master ? zero : w, c->count), master ? upload(r, w, (size_t)c->count * sizeof *w) : NULL, upload_moment(r, zero, c->count), upload_moment(r, zero, c->count)};
 }
 
 /* One update of [first, first + n) */
@@ -81,13 +82,15 @@ static void run(struct rig *r, const void *c_, struct outputs *out)
     size_t act_bytes = (size_t)n * dtype_width(r->be->act_dtype), moment_bytes = (size_t)n * dtype_width(r->be->moment_dtype);
     expect_same(r, whole.w, parts.w, act_bytes, "the weights of two ranges are not those of one");
     expect_same(r, whole.v, parts.v, moment_bytes, "the moments of two ranges are not those of one");
+    if (whole.master) expect_same(r, whole.master, parts.master, (size_t)n * sizeof(float), "the masters of two ranges are not that of one");
     bool noise = r->round_inputs && n < 16;                     /* stochastic rounding of so few elements is no measure */
     if (!noise) take_act(out, r, "w", r->round_inputs ? BACKWARD : FORWARD, whole.w, n);
     if (whole.master) {                                         /* the weights are the rounded master */
         float *w = xmalloc((size_t)n * sizeof *w), *master = xmalloc((size_t)n * sizeof *master);
         r->op->download_act(r->be, w, whole.w, n);
         r->op->download(r->be, master, whole.master, (size_t)n * sizeof *master);
-        for (int64_t i = 0; i < n; i++) cr_assert(w[i] == bf16_to_float(bf16_from_float(master[i])), "%s: w[%ld] is %g, its master %.9g", name(c), (long)i, (double)w[i], (double)master[i]);
+        bool rounded = r->be->act_dtype != DTYPE_F32;
+        for (int64_t i = 0; i < n; i++) cr_assert(w[i] == (rounded ? bf16_to_float(bf16_from_float(master[i])) : master[i]), "%s: w[%ld] is %g, its master %.9g", name(c), (long)i, (double)w[i], (double)master[i]);
         free(w);
         free(master);
     }
@@ -101,11 +104,14 @@ static void run(struct rig *r, const void *c_, struct outputs *out)
         r->op->copy(r->be, w, whole.w, act_bytes);
         r->op->copy(r->be, m, whole.m, moment_bytes);
         r->op->copy(r->be, v, whole.v, moment_bytes);
-        struct state before = {w, whole.master, m, v};
+        float *master = whole.master ? poison(r, (size_t)n * sizeof *master) : NULL;
+        if (master) r->op->copy(r->be, master, whole.master, (size_t)n * sizeof *master);
+        struct state before = {w, master, m, v};
         update(r, &before, upload_grad(r, gradient(r, c, 1), n), 0, n, upload(r, &broken[i], sizeof broken[i]), args(c, steps(r) + 1));
         expect_same(r, w, whole.w, act_bytes, "a norm that is not finite changed the weights");
         expect_same(r, m, whole.m, moment_bytes, "a norm that is not finite changed m");
         expect_same(r, v, whole.v, moment_bytes, "a norm that is not finite changed v");
+        if (master) expect_same(r, master, whole.master, (size_t)n * sizeof *master, "a norm that is not finite changed the master");
     }
 }
 
@@ -158,6 +164,7 @@ Test(cpu, small_decay_is_not_lost)
 
 static const struct case_list list = {"adamw", cases, COUNT(cases), sizeof *cases, run, name};
 Test(gpu, fp32) { ops_compare(&list, "fp32"); }
+Test(gpu, exact) { ops_compare(&list, "exact"); }
 Test(gpu, bf16)
 {
     ops_compare(&list, "bf16");

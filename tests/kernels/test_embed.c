@@ -57,3 +57,4 @@ Test(cpu, definition)
 static const struct case_list list = {"embed", cases, COUNT(cases), sizeof *cases, run, name};
 Test(gpu, fp32) { ops_compare(&list, "fp32"); }
 Test(gpu, bf16) { ops_compare(&list, "bf16"); }
+Test(gpu, exact) { ops_compare(&list, "exact"); }

@@ -34,8 +34,10 @@ void fixture_open(struct fixture *f, const struct fixture_options *o)
     char *more = xasprintf("{\"tie_word_embeddings\": %s%s%s}", o->tie ? "true" : "false", o->more ? ", " : "", o->more ? o->more : "");
     f->config = fixture_config(o->architecture, more);
     free(more);
-    struct backend_options device = {.device = o->device ? o->device : "cpu", .precision = o->precision, .deterministic = o->deterministic, .exact_rows = o->exact_rows};
+    struct backend_options device = {.device = o->device ? o->device : "cpu", .precision = o->precision, .deterministic = o->deterministic, .exact_rows = o->exact_rows,
+                                     .recipe = o->recipe};
     cr_assert_eq(backend_open(&f->be, &device), OK, "%s", fail_message());
+    f->be->master |= o->master;
     f->plan = memory_plan_new(f->be);
     int64_t N = o->rows * o->length;
     struct model_options m = {.N = N, .max_doc = o->length, .head_rows = o->head_rows ? o->head_rows : N, .train = true, .recompute = o->recompute, .fp8 = o->fp8};
@@ -48,6 +50,7 @@ void fixture_open(struct fixture *f, const struct fixture_options *o)
     model_ready(f->model);
     optimizer_ready(f->optimizer);
     params_init(f->model->params, f->be, f->model->weights, o->seed);
+    optimizer_master_from_weights(f->optimizer);
     model_weights_changed(f->model);
 }
 

@@ -26,8 +26,9 @@ struct fixture_options {
     uint64_t seed;
     bool fp8;
     bool exact_rows;                 /* as a teacher in a dump computes: the same bits in any batch */
-    const char *device, *precision;  /* as in backend_options, with deterministic; device NULL: cpu */
+    const char *device, *precision, *recipe;   /* as in backend_options, with deterministic; device NULL: cpu */
     bool deterministic;
+    bool master;                     /* master weights whether or not the device asks for them */
 };
 
 enum { FIXTURE_VOCAB = 61 };         /* not a multiple of anything */

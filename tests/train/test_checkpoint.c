@@ -39,19 +39,22 @@ static const char *at(const char *rest)
     return path[turn++];
 }
 
-static void open_fixture(struct fixture *f, const char *architecture, bool tie, uint64_t seed)
+static void open_fixture_of(struct fixture *f, const char *architecture, bool tie, uint64_t seed, bool master)
 {
-    struct fixture_options o = {.architecture = architecture, .tie = tie, .rows = 1, .length = 8, .loss = {.temperature = 1, .ce_weight = 1}, .seed = seed};
+    struct fixture_options o = {.architecture = architecture, .tie = tie, .rows = 1, .length = 8, .loss = {.temperature = 1, .ce_weight = 1}, .seed = seed, .master = master};
     fixture_open(f, &o);
 }
 
-/* weights, m and v unlike anything else's */
+static void open_fixture(struct fixture *f, const char *architecture, bool tie, uint64_t seed) { open_fixture_of(f, architecture, tie, seed, false); }
+
+/* weights, m, v and master unlike anything else's */
 static void fill_state(struct fixture *f, uint64_t seed)
 {
     int64_t n = f->model->params->total;
     fill_normal((float *)f->model->weights, n, 1, seed);
     fill_normal((float *)f->optimizer->m, n, 1e-3f, seed + 1);
     fill_normal((float *)f->optimizer->v, n, 1e-6f, seed + 2);
+    if (f->optimizer->master) fill_normal(f->optimizer->master, n, 1, seed + 3);
 }
 
 static bool same_state(const struct fixture *a, const struct fixture *b)
@@ -62,6 +65,7 @@ static bool same_state(const struct fixture *a, const struct fixture *b)
         if (memcmp((char *)a->model->weights + at_byte, (char *)b->model->weights + at_byte, bytes)) return false;
         if (memcmp((char *)a->optimizer->m + at_byte, (char *)b->optimizer->m + at_byte, bytes)) return false;
         if (memcmp((char *)a->optimizer->v + at_byte, (char *)b->optimizer->v + at_byte, bytes)) return false;
+        if (a->optimizer->master && memcmp((char *)a->optimizer->master + at_byte, (char *)b->optimizer->master + at_byte, bytes)) return false;
     }
     return true;
 }
@@ -104,13 +108,14 @@ static void write_text(const char *path, const char *text) { cr_assert_eq(file_r
 
 Test(checkpoint, comes_back_bit_for_bit)
 {
-    static const struct { const char *architecture; bool tie; } cases[] = {{"qwen2", false}, {"llama", true}, {"mistral", false}, {"qwen3", true}};
-    for (int i = 0; i < 4; i++) {
+    static const struct { const char *architecture; bool tie, master; } cases[] = {{"qwen2", false, false}, {"llama", true, false}, {"mistral", false, false}, {"qwen3", true, false},
+                                                                                   {"qwen2", false, true}, {"qwen3", true, true}};
+    for (int i = 0; i < 6; i++) {
         struct fixture f, g;
         struct train_state s = {0}, want = state_of(i + 1);
         char *path;
-        open_fixture(&f, cases[i].architecture, cases[i].tie, 5);
-        open_fixture(&g, cases[i].architecture, cases[i].tie, 6);
+        open_fixture_of(&f, cases[i].architecture, cases[i].tie, 5, cases[i].master);
+        open_fixture_of(&g, cases[i].architecture, cases[i].tie, 6, cases[i].master);
         fill_state(&f, 100);
         cr_assert_eq(save(&f, i + 1, 10), OK, "%s", fail_message());
         cr_assert_eq(checkpoint_find(dir, &path), OK);
@@ -123,6 +128,32 @@ Test(checkpoint, comes_back_bit_for_bit)
         fixture_close(&f);
         fixture_close(&g);
     }
+}
+
+/* Steps, a checkpoint, steps, and the same steps without the checkpoint between. The weights of the first part are spoilt before they are saved: what goes on is the master. */
+Test(checkpoint, a_run_with_a_master_goes_on_bit_for_bit)
+{
+    struct fixture straight, stopped, resumed;
+    struct train_state s;
+    open_fixture_of(&straight, "qwen2", true, 5, true);
+    open_fixture_of(&stopped, "qwen2", true, 5, true);
+    open_fixture_of(&resumed, "qwen2", true, 6, true);
+    for (int step = 1; step <= 6; step++) {
+        struct fixture *of[2] = {&straight, step <= 3 ? &stopped : &resumed};
+        for (int i = 0; i < 2; i++) {
+            fill_normal((float *)of[i]->model->grads, of[i]->model->params->total, 1, (uint64_t)(50 + step));
+            optimizer_norm(of[i]->optimizer);
+            optimizer_step(of[i]->optimizer, step, 1e-2);
+        }
+        if (step != 3) continue;
+        ((float *)stopped.model->weights)[stopped.model->params->norm->offset] += 1;
+        cr_assert_eq(save(&stopped, step, 1), OK, "%s", fail_message());
+        cr_assert_eq(checkpoint_load(at("step-00000003"), resumed.model, resumed.optimizer, &s), OK, "%s", fail_message());
+    }
+    cr_expect(same_state(&straight, &resumed));
+    fixture_close(&straight);
+    fixture_close(&stopped);
+    fixture_close(&resumed);
 }
 
 Test(checkpoint, the_same_state_gives_the_same_bytes)
@@ -413,6 +444,56 @@ Test(checkpoint, moments_that_do_not_fit_are_refused_by_name)
         cr_expect(strstr(fail_message(), "optimizer.safetensors") && strstr(fail_message(), "exp_avg_sq.model.embed_tokens.weight"), "%s", fail_message());
     }
     fixture_close(&f);
+}
+
+/* Every pair of recipes whose state the other cannot go on from; a device of bf16 moments is played by what it says of itself, which is all that is looked at before the refusal. */
+Test(checkpoint, of_another_recipe_is_refused_by_name)
+{
+    struct fixture exact, fp32, compact;
+    struct train_state s;
+    open_fixture_of(&exact, "qwen2", false, 5, true);
+    open_fixture(&fp32, "qwen2", false, 5);
+    open_fixture(&compact, "qwen2", false, 5);
+    compact.be->moment_dtype = DTYPE_BF16;
+    cr_assert_eq(save(&exact, 1, 9), OK);
+    cr_assert_eq(save(&fp32, 2, 9), OK);
+    cr_assert_eq(save(&compact, 3, 9), OK);
+    const struct { const struct fixture *run; const char *from, *says[3]; } cases[] = {
+        {&compact, "step-00000001", {"train.recipe exact", "this run's is compact", "resume with train.recipe exact"}},
+        {&exact, "step-00000003", {"train.recipe compact", "this run's is exact", "resume with train.recipe compact"}},
+        {&fp32, "step-00000001", {"master.model.embed_tokens.weight", "device", "optimizer.safetensors"}},
+        {&exact, "step-00000002", {"master.model.embed_tokens.weight", "device", "optimizer.safetensors"}},
+        {&fp32, "step-00000003", {"exp_avg.model.embed_tokens.weight", "device", "optimizer.safetensors"}},
+        {&compact, "step-00000002", {"exp_avg.model.embed_tokens.weight", "device", "optimizer.safetensors"}},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        cr_expect_eq(checkpoint_load(at(cases[i].from), cases[i].run->model, cases[i].run->optimizer, &s), ERR_MISMATCH, "case %zu", i);
+        for (int j = 0; j < 3; j++) cr_expect(strstr(fail_message(), cases[i].says[j]), "case %zu: no \"%s\" in: %s", i, cases[i].says[j], fail_message());
+    }
+    fixture_close(&exact);
+    fixture_close(&fp32);
+    fixture_close(&compact);
+}
+
+/* A run that starts from a model directory takes its master from the files, not from what the weights were rounded to. */
+Test(checkpoint, a_master_begins_at_the_precision_of_the_files)
+{
+    struct fixture f, g;
+    struct model_files *files;
+    open_fixture(&f, "qwen2", false, 5);
+    open_fixture_of(&g, "qwen2", false, 6, true);
+    fill_state(&f, 100);
+    cr_assert_eq(save(&f, 1, 9), OK);
+    cr_assert_eq(model_files_open(&files, at("step-00000001")), OK, "%s", fail_message());
+    cr_assert_eq(optimizer_load_master(g.optimizer, files->tensors, files->path, NULL), OK, "%s", fail_message());
+    for (int i = 0; i < f.model->params->n; i++) {
+        const struct param *p = &f.model->params->p[i];
+        cr_expect_arr_eq(g.optimizer->master + p->offset, (float *)f.model->weights + p->offset, (size_t)p->count * sizeof(float), "%s", p->part[0].name);
+        cr_expect_arr_neq(g.optimizer->master + p->offset, (float *)g.model->weights + p->offset, (size_t)p->count * sizeof(float), "%s", p->part[0].name);
+    }
+    model_files_close(files);
+    fixture_close(&f);
+    fixture_close(&g);
 }
 
 /* ---- dying in the middle ---- */

@@ -1,5 +1,5 @@
 /* The optimizer over the table: AdamW as Loshchilov & Hutter write it (in double, beside ours), who decays, the clip of the global norm, and
- * that a norm which is not finite moves nothing. */
+ * that a norm which is not finite moves nothing; and that a master is what is updated, the weights its copy. */
 #include <criterion/criterion.h>
 #include <math.h>
 #include <stdlib.h>
@@ -130,5 +130,66 @@ Test(optimizer, begins_with_moments_of_zero_and_the_first_step_is_the_sign)
         float g = ((float *)f.model->grads)[p->offset + j];
         cr_expect_float_eq(((float *)f.model->weights)[p->offset + j], 1 - 1e-2 * g / (fabs((double)g) + 1e-8), 2e-7);
     }
+    fixture_close(&f);
+}
+
+/* ---- master weights ---- */
+
+static void open_with_master(struct fixture *f, uint64_t seed)
+{
+    struct fixture_options o = {.architecture = "qwen3", .rows = 1, .length = 8, .loss = {.temperature = 1, .ce_weight = 1}, .seed = seed, .master = true};
+    fixture_open(f, &o);
+}
+
+static void one_step(struct fixture *f, int step)
+{
+    set_gradients(f, (uint64_t)(100 * step), 1);
+    optimizer_norm(f->optimizer);
+    optimizer_step(f->optimizer, step, 1e-2);
+}
+
+Test(optimizer, has_a_master_where_the_device_keeps_one_and_plans_it)
+{
+    struct fixture without, with;
+    open_fixture(&without, "qwen3", false);
+    open_with_master(&with, 5);
+    cr_expect_null(without.optimizer->master);
+    cr_assert_not_null(with.optimizer->master);
+    size_t bytes = (size_t)with.model->params->total * sizeof(float), more = memory_total(with.plan) - memory_total(without.plan);
+    cr_expect(more >= bytes && more < bytes + 256, "the plan grew by %zu bytes for a master of %zu", more, bytes);
+    for (int i = 0; i < with.model->params->n; i++) {
+        const struct param *p = &with.model->params->p[i];
+        cr_assert_arr_eq(with.optimizer->master + p->offset, (float *)with.model->weights + p->offset, (size_t)p->count * sizeof(float), "%s: the master does not begin as the weights", p->part[0].name);
+    }
+    fixture_close(&without);
+    fixture_close(&with);
+}
+
+/* Weights that were lost between two steps, as rounding loses part of them, are back after the second. */
+Test(optimizer, updates_the_master_and_copies_it_to_the_weights)
+{
+    struct fixture plain, f;
+    open_fixture(&plain, "qwen3", false);
+    open_with_master(&f, 5);
+    const struct params *t = f.model->params;
+    for (int step = 1; step <= 4; step++) {
+        one_step(&plain, step);
+        for (int64_t i = 0; i < t->total; i++) ((float *)f.model->weights)[i] = 7;
+        one_step(&f, step);
+        for (int i = 0; i < t->n; i++) {
+            size_t bytes = (size_t)t->p[i].count * sizeof(float);
+            int64_t at = t->p[i].offset;
+            cr_assert_arr_eq(f.optimizer->master + at, (float *)plain.model->weights + at, bytes, "step %d, %s: not the weights of a run without a master", step, t->p[i].part[0].name);
+            cr_assert_arr_eq((float *)f.model->weights + at, f.optimizer->master + at, bytes, "step %d, %s: weights are not their master", step, t->p[i].part[0].name);
+        }
+    }
+    float *before = xmalloc((size_t)t->total * sizeof *before);
+    memcpy(before, f.optimizer->master, (size_t)t->total * sizeof *before);
+    ((float *)f.model->grads)[t->norm->offset] = NAN;
+    optimizer_norm(f.optimizer);
+    optimizer_step(f.optimizer, 5, 1e-2);
+    for (int i = 0; i < t->n; i++) cr_assert_arr_eq(f.optimizer->master + t->p[i].offset, before + t->p[i].offset, (size_t)t->p[i].count * sizeof(float), "a norm that is not finite moved the master");
+    free(before);
+    fixture_close(&plain);
     fixture_close(&f);
 }
