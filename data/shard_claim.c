@@ -87,10 +87,12 @@ static bool locked_elsewhere(const struct shard_claims *c, int64_t start, int64_
     return fcntl(c->fd, F_OFD_GETLK, &l) == 0 && l.l_type != F_UNLCK;
 }
 
+bool claims_alone(const struct shard_claims *c) { return c->locks && !locked_elsewhere(c, BYTE_PRESENCE, 1); }
+
 void claims_close(struct shard_claims *c)
 {
     if (c->fd >= 0) {
-        if (c->locks && claims_enter(c) == OK && !locked_elsewhere(c, BYTE_PRESENCE, 1) && ftruncate(c->fd, 0)) warn("%s: cannot be emptied", c->path);
+        if (c->locks && claims_enter(c) == OK && claims_alone(c) && ftruncate(c->fd, 0)) warn("%s: cannot be emptied", c->path);
         close(c->fd);
     }
     free(c->path);

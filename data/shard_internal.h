@@ -89,6 +89,7 @@ struct shard_claims { char *path; int fd; bool locks; };
 int  claims_open(struct shard_claims *c, const char *dir, enum claims_mode mode);
 void claims_close(struct shard_claims *c);
 /* Between the two nobody else changes manifest or journal. Never held while a shard is computed or read. */
+bool claims_alone(const struct shard_claims *c);   /* nobody else has the dataset open; stays true until claims_leave() when asked after claims_enter() */
 int  claims_enter(struct shard_claims *c);
 void claims_leave(struct shard_claims *c);
 int  claim_take(struct shard_claims *c, int64_t shard, bool *taken);   /* does not wait: *taken false when another has it */
