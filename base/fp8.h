@@ -74,4 +74,20 @@ HOST_DEVICE static inline float e4m3_scale(float most)
     return bits_float((uint32_t)(exponent + 127) << 23);
 }
 
+/* A row of n numbers, rounded at the scale of its largest; NaN throughout where one is not finite. What every device does, to the bit. */
+static inline void e4m3_round_row(uint8_t *q, float *scale, const float *x, int64_t n)
+{
+    float most = 0;
+    int nan = 0;
+    for (int64_t i = 0; i < n; i++) {
+        float a = fabsf(x[i]);
+        most = a > most ? a : most;
+        nan |= a != a;
+    }
+    *scale = e4m3_scale(nan ? NAN : most);
+    float inverse = 1 / *scale;
+    if (float_bits(*scale) >= 0x7f800000u) memset(q, E4M3_NAN, (size_t)n);
+    else for (int64_t i = 0; i < n; i++) q[i] = e4m3_from_float(x[i] * inverse);
+}
+
 #endif

@@ -305,8 +305,9 @@ int shard_writer_open_range(struct shard_writer **out, const char *dir, const st
 /* The last one to leave takes what a writer that died while it opened has left: shards of its own, which others take over with their files, it had none yet. */
 static void last_one_tidies(struct shard_writer *w)
 {
+    if (!w->claims.locks) return;
     char *message = xstrdup(fail_message());                     /* of the failure that this close may follow */
-    if (w->claims.locks && claims_enter(&w->claims) == OK) {
+    if (claims_enter(&w->claims) == OK) {
         if (claims_alone(&w->claims)) leftovers_remove(w->shards, ".tmp-probe-");
         claims_leave(&w->claims);
     }
@@ -317,7 +318,7 @@ static void last_one_tidies(struct shard_writer *w)
 void shard_writer_close(struct shard_writer *w)
 {
     if (!w) return;
-    if (w->claims.fd >= 0 && path_is_dir(w->shards)) last_one_tidies(w);
+    last_one_tidies(w);
     for (int f = 0; f < SHARD_FIELDS; f++) free(w->field[f]);
     if (w->journal_fd >= 0) close(w->journal_fd);
     if (w->journal.path) journal_free(&w->journal);

@@ -148,17 +148,8 @@ static int fetch_fp8(uint8_t *q, float *scale, const struct piece *p, int64_t co
     struct tensor_view v = view_of(p, raw);
     float *row = xmalloc((size_t)cols * sizeof *row);
     for (int64_t r = 0; rc == OK && r < rows; r++) {
-        float most = 0;
-        bool nan = false;
         read_floats(&v, p->first + r * cols, cols, row);
-        for (int64_t c = 0; c < cols; c++) {
-            float a = fabsf(row[c]);
-            most = a > most ? a : most;
-            nan |= a != a;
-        }
-        scale[r] = e4m3_scale(nan ? NAN : most);
-        float inverse = 1 / scale[r];
-        for (int64_t c = 0; c < cols; c++) q[r * cols + c] = e4m3_from_float(row[c] * inverse);
+        e4m3_round_row(q + r * cols, &scale[r], row, cols);
     }
     free(row);
     return rc;

@@ -9,29 +9,12 @@
 
 enum { PANEL = 512 };
 
-static float largest(const float *x, int64_t n)
-{
-    float most = 0;
-    bool nan = false;
-    for (int64_t i = 0; i < n; i++) {
-        float a = fabsf(x[i]);
-        most = a > most ? a : most;
-        nan |= a != a;
-    }
-    return nan ? NAN : most;
-}
-
 void cpu_quantize(struct backend *be, const struct fp8 *y, const act *x_, int64_t R, int64_t K)
 {
     (void)be;
     const float *x = cfp32(x_);
     #pragma omp parallel for schedule(static)
-    for (int64_t r = 0; r < R; r++) {
-        float scale = e4m3_scale(largest(x + r * K, K)), inverse = 1 / scale;
-        y->scale[r] = scale;
-        if (!isfinite(scale)) memset(y->q + r * K, E4M3_NAN, (size_t)K);
-        else for (int64_t k = 0; k < K; k++) y->q[r * K + k] = e4m3_from_float(x[r * K + k] * inverse);
-    }
+    for (int64_t r = 0; r < R; r++) e4m3_round_row(y->q + r * K, &y->scale[r], x + r * K, K);
 }
 
 static float number(const struct fp8 *x, int64_t r, int64_t k, int64_t K) { return e4m3_to_float(x->q[r * K + k]) * x->scale[r]; }

@@ -178,6 +178,35 @@ Test(fp8, a_loaded_model_is_the_training_models_forward)
     }
 }
 
+/* The loader rounds on the host what a training model rounds on its device: the same bytes and scales, rows that hold infinity or NaN included. */
+Test(fp8, loading_rounds_as_the_device_does)
+{
+    struct fixture f;
+    struct fixture_options o = options("qwen2", true);
+    char dir[] = "/tmp/test_fp8_XXXXXX";
+    cr_assert(mkdtemp(dir));
+    fixture_open(&f, &o);
+    const struct param *p = f.model->params->layer[1].w_down;
+    float *down = (float *)f.model->weights + p->offset;
+    down[3] = INFINITY;
+    down[p->cols + 5] = NAN;
+    model_weights_changed(f.model);
+    struct tensor_set *set = checkpoint(&f, dir);
+    struct memory_plan *plan = memory_plan_new(f.be);
+    struct model *m = inference_model(&f, plan, &(struct model_options){.N = 46, .max_doc = 23, .head_rows = 5, .fp8 = true});
+    cr_assert_eq(model_load_weights(m, set, dir, NULL), OK, "%s", fail_message());
+    const struct weight_layout *w = &m->home.layout;
+    const struct fp8 *want = &f.model->fp8[1].w[PRODUCT_DOWN];
+    int64_t i = p - f.model->params->p;
+    cr_expect(!memcmp((char *)m->home.device + w->at[i], want->q, (size_t)p->count));
+    cr_expect(!memcmp((char *)m->home.device + w->scale_at[i], want->scale, (size_t)p->rows * sizeof(float)));
+    model_free(m);
+    memory_plan_free(plan);
+    tensor_set_close(set);
+    fixture_close(&f);
+    cr_assert_eq(dir_remove_tree(dir), OK);
+}
+
 /* Thirty steps on one batch: the curve of the native model, within what rounding explains; the census sees what was rounded. */
 Test(fp8, trains_like_the_native_model)
 {
