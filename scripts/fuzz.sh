@@ -6,7 +6,7 @@ source scripts/setup.sh
 seconds=${1:-15} only=${2:-}
 install_packages "${packages[@]}" clang llvm libomp-dev
 [ -f build-fuzz/build.ninja ] || CC=clang meson setup build-fuzz -Dfuzz=true -Dtests=false -Dcuda=disabled -Dbuildtype=debugoptimized -Db_lundef=false >/dev/null || { tail -20 build-fuzz/meson-logs/meson-log.txt; rm -rf build-fuzz; exit 1; }
-ninja -C build-fuzz
+ninja -C build-fuzz >build-fuzz/ninja.log 2>&1 || { tail -60 build-fuzz/ninja.log; exit 1; }
 status=0
 for target in build-fuzz/tests/fuzz/fuzz_*; do
     [ -x "$target" ] && [ -f "$target" ] || continue
