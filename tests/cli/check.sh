@@ -5,6 +5,7 @@ n=0
 for case in "$source_root"/tests/golden/*/ "$source_root"/../shared/golden/*/; do
     [ -e "$case/reference.json" ] || continue
     "$distill" check "$case" >check.log 2>&1 || fail "check $case: $(grep -E 'OUTSIDE|MISSING' check.log | head -5; tail -1 check.log)"
+    "$distill" check "$case" --matmul fp8 >check.log 2>&1 || fail "check $case --matmul fp8: $(grep -E 'OUTSIDE|MISSING' check.log | head -5; tail -1 check.log)"
     n=$((n + 1))
 done
 [ $n -gt 0 ] || fail "no reference case was found"
