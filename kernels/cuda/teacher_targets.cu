@@ -155,6 +155,11 @@ template <int N> __device__ __forceinline__ void block_totals(targets_shared &s,
     __syncthreads();
 }
 
+/* Terms of the list, 0 to 1, in units that add up the same in any order; 2^63 of them hold far more than LIST terms */
+constexpr float UNITS = 1099511627776.0f;                                     /* 2^40 */
+__device__ __forceinline__ long long whole_units(float y) { return __float2ll_rn(y * UNITS); }
+__device__ __forceinline__ double sum_of_units(long long mine) { return (double)block_sum(mine) / UNITS; }
+
 /* A row again from memory. The list gets exactly its K first entries; total[] the sums over everything else relative to `floor`, which
  * becomes the largest of them. */
 template <typename T, int SLOTS>
@@ -351,22 +356,26 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) teacher_targets_kernel(target
     float top = count ? ranked_logit(sorted[0]) : floor, second = -CUDART_INF_F;
     for (int k = threadIdx.x; k < count; k += THREADS) if (s.list[k] < last) second = fmaxf(second, ranked_logit(s.list[k]));
     second = block_max(second);
+    float next = K > 1 && count > 1 ? ranked_logit(sorted[1]) : second;       /* the largest but one */
+    if (next == -CUDART_INF_F) next = top;                                    /* there is none, or it has no mass */
     if (second == -CUDART_INF_F) second = floor;                              /* nothing, or nothing but masked logits, beyond the head */
     for (int i = 0; i < shape.slots; i++) {
-        /* the terms in fp32 (2^-22), their sums in double; differences of logits are exact or as good */
-        double inv_T = shape.inv_T[i], head = 0, tail = 0, spread = 0;
+        /* The terms in fp32 (2^-22), the largest of each sum 1; their sums in whole units, which add up to the same bits in whatever order threads have listed the entries.
+         * Differences of logits are exact or as good. */
+        double inv_T = shape.inv_T[i], to_top = exp(((double)next - top) * inv_T), spread = 0;
+        long long head_units = 0, tail_units = 0, spread_units = 0;
         float c = shape.c[i];
         for (int k = threadIdx.x; k < count; k += THREADS) {
             unsigned long long entry = s.list[k];
-            float t = ranked_logit(entry), x = t - top, y = exp2_fast(x * c);
-            if (entry < last) tail += exp2_fast((t - second) * c);
+            float t = ranked_logit(entry), y = exp2_fast((t - next) * c);
+            if (entry < last) tail_units += whole_units(exp2_fast((t - second) * c));
             if (entry == sorted[0]) continue;                                 /* the largest, whose term is 1 */
-            head += y;
-            if (i == T0_slot && shape.entropy && x > -CUDART_INF_F) spread -= (double)y * x;
+            head_units += whole_units(y);
+            if (i == T0_slot && shape.entropy && t > -CUDART_INF_F) spread_units += whole_units(y * ((next - t) * shape.inv_T[i]));
         }
-        head = block_sum(head);
-        tail = block_sum(tail);
-        if (i == T0_slot && shape.entropy) spread = block_sum(spread) * inv_T;
+        double head = sum_of_units(head_units), tail = sum_of_units(tail_units);
+        if (i == T0_slot && shape.entropy) spread = (sum_of_units(spread_units) + head * (((double)top - next) * inv_T)) * to_top;
+        head = top < CUDART_INF_F ? head * to_top : CUDART_NAN;               /* a logit of infinity leaves no distribution */
         double below = ((double)floor - top) * inv_T, rest = s.total[i];
         double others = head + rest * exp(below);                              /* beside the largest, whose term is 1 */
         double lse = top * inv_T + log1p(others);
@@ -441,10 +450,11 @@ static void launch(struct backend *be, const targets_out &o, const act *logits, 
     kernel<<<(unsigned)R, THREADS, sizeof(targets_shared), cuda_state_of(be)->stream>>>(o, (const T *)logits, labels, shape, V, (int)Vv);
 }
 
-/* Up to three temperatures, of which the first is the lowest, have kernels of their own. */
-template <typename T, int W>
+/* In bf16, which dumps are made in, up to three temperatures, of which the first is the lowest, have kernels of their own. */
 static void by_slots(struct backend *be, const targets_out &o, const act *logits, const int32_t *labels, const targets_shape &shape, int64_t R, int64_t V, int64_t Vv)
 {
+    typedef bf16 T;
+    constexpr int W = vector_width<T>();
     bool lowest = shape.slot_of[0] == shape.slots - 1;
     switch (shape.slots > 3 ? 0 : lowest ? shape.slots * 8 + shape.squares : shape.slots) {
     case 8:      launch<T, W, 1, 0, 0>(be, o, logits, labels, shape, R, V, Vv); break;
@@ -482,7 +492,9 @@ extern "C" void cuda_teacher_targets(struct backend *be, const struct teacher_ta
     targets_out o = {out->head_ids, out->head_logprob, out->lse, out->tail_logmass, out->entropy, out->label_logprob, out->padding_mass};
     DISPATCH(be->act_dtype, E,
         constexpr int W = vector_width<E>();
-        if (V % W == 0 && aligned16(logits)) by_slots<E, W>(be, o, logits, labels, shape, R, V, Vv);
+        bool wide = V % W == 0 && aligned16(logits);
+        if (wide && sizeof(E) == 2) by_slots(be, o, logits, labels, shape, R, V, Vv);
+        else if (wide) launch<E, W, MAX_T + 1, 0, -1>(be, o, logits, labels, shape, R, V, Vv);
         else launch<E, 1, MAX_T + 1, 0, -1>(be, o, logits, labels, shape, R, V, Vv));
     CUDA_CHECK(cudaGetLastError());
     if (!out->full) return;
