@@ -9,7 +9,8 @@
 #include <unistd.h>
 
 enum { MAX_POINTS = 16 };
-struct point { char name[64]; int error; /* 0: kill */ int64_t from, to, passed; };
+enum { ACTION_KILL = 0, ACTION_TERM = -1 };              /* or an errno */
+struct point { char name[64]; int action; int64_t from, to, passed; };
 
 atomic_int failpoint_armed = -1;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
@@ -33,9 +34,10 @@ static int parse_point(const char *text, struct point *p)
     int fields = sscanf(head, "%63[^:]:%15s%c", p->name, action, &extra);
     free(head);
     if (fields != 2) return -1;
-    if (!strcmp(action, "kill")) p->error = 0;
-    else if (!strcmp(action, "error")) p->error = EIO;
-    else if (!strcmp(action, "enospc")) p->error = ENOSPC;
+    if (!strcmp(action, "kill")) p->action = ACTION_KILL;
+    else if (!strcmp(action, "term")) p->action = ACTION_TERM;
+    else if (!strcmp(action, "error")) p->action = EIO;
+    else if (!strcmp(action, "enospc")) p->action = ENOSPC;
     else return -1;
     return 0;
 }
@@ -48,7 +50,7 @@ static int set_locked(const char *spec)
     for (char *text; (text = strsep(&rest, ","));) {
         if (!*text) continue;
         if (n_points == MAX_POINTS || parse_point(text, &points[n_points])) {
-            rc = fail(ERR_USAGE, "DISTILL_FAIL: \"%s\" is not point:action[@n[+]] with action kill, error or enospc, at most %d of them", text, MAX_POINTS);
+            rc = fail(ERR_USAGE, "DISTILL_FAIL: \"%s\" is not point:action[@n[+]] with action kill, term, error or enospc, at most %d of them", text, MAX_POINTS);
             n_points = 0;
             break;
         }
@@ -69,7 +71,8 @@ int failpoint_set(const char *spec)
 
 bool failpoint_fires(const char *name)
 {
-    int error = -1;
+    int action = 0;
+    bool fires = false;
     pthread_mutex_lock(&lock);
     if (atomic_load(&failpoint_armed) < 0 && set_locked(getenv("DISTILL_FAIL")) != OK) {
         fprintf(stderr, "distill: %s\n", fail_message());   /* a fault test that tests nothing must not pass */
@@ -79,12 +82,13 @@ bool failpoint_fires(const char *name)
         struct point *p = &points[i];
         if (strcmp(p->name, name)) continue;
         p->passed++;
-        if (p->passed >= p->from && p->passed <= p->to) { error = p->error; break; }
+        if (p->passed >= p->from && p->passed <= p->to) { fires = true; action = p->action; break; }
     }
     pthread_mutex_unlock(&lock);
-    if (error < 0) return false;
-    if (error == 0)
+    if (!fires) return false;
+    if (action == ACTION_TERM) { kill(getpid(), SIGTERM); return false; }
+    if (action == ACTION_KILL)
         for (;;) { kill(getpid(), SIGKILL); pause(); }
-    errno = error;
+    errno = action;
     return true;
 }

@@ -3,7 +3,8 @@
  *     DISTILL_FAIL="journal.torn:kill"                  die there the first time
  *     DISTILL_FAIL="shard.write:enospc@3,x.y:error@2+"  the third call fails with ENOSPC; every call from the second on with EIO
  *
- * point:action[@n[+]], comma-separated; actions: kill (SIGKILL to this process), error (EIO), enospc. Without @n every
+ * point:action[@n[+]], comma-separated; actions: kill (SIGKILL to this process), term (SIGTERM to
+ * it, and on it goes), error (EIO), enospc. Without @n every
  * pass fires. A point costs one load and a branch when the variable is unset. `grep -r FAILPOINT` lists the points.
  */
 #ifndef BASE_FAILPOINT_H

@@ -80,14 +80,11 @@ same_run run "from a slow disk"
 grep '^step 4/' fault.log | grep -oE 'waited [0-9.]+s' | awk '{ exit !($2 + 0 > 0.5) }' || fail "the progress line does not show the waiting: $(grep '^step' fault.log)"
 grep -o '"train/loader_wait_seconds": [0-9.]*' run/metrics.jsonl | tail -1 | awk '{ exit !($2 > 0.5) }' || fail "metrics.jsonl does not show the waiting"
 
-# F4: signals: twice, and in the middle of a checkpoint on a slow disk
+# F4: signals: twice, in the middle of a checkpoint on a slow disk
 rm -rf run
-LD_PRELOAD="$shim" DISTILL_SHIM='write:delay=30@1+' DISTILL_SHIM_DIR="$world/run/checkpoints" "$distill" train config.yaml --set run.dir=run "${steps[@]}" >signal.log 2>&1 &
-pid=$!
-for ((i = 0; i < 600; i++)); do [ -d run/checkpoints ] && [ -n "$(find run/checkpoints -name 'model.safetensors*' | head -1)" ] && break; sleep 0.02; done
-kill -TERM $pid; kill -USR1 $pid; sleep 0.05; kill -TERM $pid
 code=0
-wait $pid || code=$?
+LD_PRELOAD="$shim" DISTILL_SHIM='write:delay=30@1+' DISTILL_SHIM_DIR="$world/run/checkpoints" DISTILL_FAIL=checkpoint.before_rename:term@1,checkpoint.after_rename:term@1 \
+    "$distill" train config.yaml --set run.dir=run "${steps[@]}" >signal.log 2>&1 || code=$?
 [ $code = 75 ] || fail "exit $code after signals during a checkpoint: $(tail -2 signal.log)"
 "$distill" train config.yaml --set run.dir=run "${steps[@]}" --resume >resume.log || fail "resume after signals"
 same_run run "after signals during a checkpoint"
@@ -118,8 +115,8 @@ dump=$!
 "$distill" train config.yaml --set shards.path=whole --set run.dir=whole-run --set train.steps=12 --set train.checkpoint_every=1 --set train.eval_every=0 >whole.log
 for signal in TERM KILL; do
     "$distill" train config.yaml --set shards.path=d --set shards.follow=true --set run.dir=run --set train.steps=12 --set train.checkpoint_every=1 --set train.eval_every=0 --resume >follow.log 2>&1 &
-    pid=$!
-    for ((i = 0; i < 600; i++)); do [ "$(grep -c '^step' follow.log || true)" -ge 3 ] && break; sleep 0.02; done
+    pid=$! done=$({ cat run/metrics.jsonl 2>/dev/null || true; } | wc -l)
+    for ((i = 0; i < 600; i++)); do kill -0 $pid 2>/dev/null && [ "$(cat run/metrics.jsonl 2>/dev/null | wc -l)" -lt $((done + 3)) ] || break; sleep 0.02; done
     kill -$signal $pid 2>/dev/null || true
     wait $pid 2>/dev/null || true
 done

@@ -59,12 +59,8 @@ for f in model.safetensors optimizer.safetensors state.json; do
 done
 
 # and a dump that was stopped by one
-"$distill" teacher-dump config.yaml --set shards.path=halted --set shards.rows_per_shard=1 --set dump.batch_rows=1 >halted.log 2>halted.err &
-pid=$!
-for ((i = 0; i < 3000; i++)); do [ -e halted/shards/shard-000002.h5 ] && break; sleep 0.01; done
-kill -TERM $pid
 code=0
-wait $pid || code=$?
+DISTILL_FAIL=shard.after_rename:term@5 "$distill" teacher-dump config.yaml --set shards.path=halted --set shards.rows_per_shard=1 --set dump.batch_rows=1 >halted.log 2>halted.err || code=$?
 "$distill" teacher-dump config.yaml --set shards.path=unhalted --set shards.rows_per_shard=1 --set dump.batch_rows=1 >unhalted.log
 [ $code = 75 ] || fail "exit $code of teacher-dump after SIGTERM: $(cat halted.err)"
 "$distill" teacher-dump config.yaml --set shards.path=halted --set shards.rows_per_shard=1 --set dump.batch_rows=1 >>halted.log
@@ -73,18 +69,18 @@ diff -r halted unhalted >diff.log || fail "a dump stopped by SIGTERM and gone on
 # a signal while the run waits for a dump that never comes
 "$distill" train config.yaml --set run.dir=waiting --set shards.path=never --set shards.follow=true --set train.eval_every=0 >waiting.log 2>&1 &
 pid=$!
-sleep 0.5
+for ((i = 0; i < 600; i++)); do grep -q '^waiting for' waiting.log && break; sleep 0.05; done
 kill -TERM $pid
 code=0
 wait $pid || code=$?
-[ $code = 75 ] || fail "exit $code after SIGTERM while waiting for a dataset"
+[ $code = 75 ] || fail "exit $code after SIGTERM while waiting for a dataset: $(tail -2 waiting.log)"
 expect_exit 7 'never/manifest.json did not appear' "$distill" train config.yaml --set run.dir=waiting --set shards.path=never --set shards.follow=true --set shards.wait_s=0.3 --set train.eval_every=0
 
 # a signal while the run waits for the next shard of a dump that died: 7 shards are held-out rows, 4 of 14 are sealed then
 (DISTILL_FAIL="shard.after_rename:kill@12" "$distill" teacher-dump config.yaml --set shards.path=half >half.log 2>&1; exit $?) 2>/dev/null && fail "the dump did not die"
 "$distill" train config.yaml --set run.dir=half-run --set shards.path=half --set shards.follow=true >half-run.log 2>&1 &
 pid=$!
-for ((i = 0; i < 100; i++)); do grep -q '^step 6' half-run.log && break; sleep 0.1; done
+for ((i = 0; i < 600; i++)); do [ "$(cat half-run/metrics.jsonl 2>/dev/null | wc -l)" -ge 6 ] && break; sleep 0.05; done
 sleep 0.5
 kill -TERM $pid
 code=0
