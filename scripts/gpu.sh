@@ -5,8 +5,8 @@
 #   scripts/gpu.sh [BUILD_DIR [LIBRARY_DIR]]     BUILD_DIR     default build-gpu; configured and built here unless it holds a program already
 #                                                LIBRARY_DIR   libraries the build needs and this machine lacks
 #   SANITIZE=1    also compute-sanitizer memcheck and racecheck over every op test, at most SANITIZE_CASES cases of a list (default 12) and 120 s a line
-#   BENCH=1       also distill bench at every shape of configs/bench/h200-*; or a list of PART:CONFIG, as BENCH="train:h200-7b kernels:h200-7b". What it prints goes to
-#                 BUILD_DIR/bench-PART-CONFIG.txt, its figures, one JSON line each, to BUILD_DIR/bench.jsonl
+#   BENCH=1       also distill bench at every shape of configs/bench/h200-*; or a list of PART:CONFIG[:SETTING...], as BENCH="kernels:h200-7b train:h200-7b:train.matmul=fp8". What it
+#                 prints goes to BUILD_DIR/bench-PART-CONFIG-SETTING.txt, its figures, one JSON line each, to BUILD_DIR/bench.jsonl
 #   GOLDEN="A B"  folders with golden cases; default tests/golden and ../shared/golden
 set -u
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -82,9 +82,11 @@ benches=${BENCH:-0}
 if [ "$benches" != 0 ]; then
     : > "$build/bench.jsonl"
     for bench in $benches; do
-        begin=$SECONDS file=$build/bench-${bench%%:*}-${bench#*:}.txt
-        (cd "$root" && timeout 900 "$program" bench "${bench%%:*}" "configs/bench/${bench#*:}.yaml") > "$file" 2>&1
-        note "bench ${bench/:/ }" $((SECONDS - begin)) $? "$file"
+        begin=$SECONDS file=$build/bench-${bench//:/-}.txt settings=()
+        IFS=: read -r -a words <<< "$bench"
+        for setting in "${words[@]:2}"; do settings+=(--set "$setting"); done
+        (cd "$root" && timeout 900 "$program" bench "${words[0]}" "configs/bench/${words[1]}.yaml" "${settings[@]}") > "$file" 2>&1
+        note "bench ${bench//:/ }" $((SECONDS - begin)) $? "$file"
         grep '^{' "$file" >> "$build/bench.jsonl"
         grep -v '^{' "$file"
     done
