@@ -16,7 +16,7 @@ out=quickstart/fp8-run
     "$distill" train configs/gpu/teacher.yaml
     ln -sfn "$PWD/$(ls -d quickstart/gpu-teacher-run/checkpoints/step-* | tail -1)" quickstart/gpu-teacher
 }
-[ -e quickstart/gpu-logits/manifest.json ] || "$distill" teacher-dump configs/gpu/distill.yaml
+[ -e quickstart/gpu-logits/manifest.json ] || "$distill" teacher-dump configs/gpu/distill.yaml "${settings[@]}"
 mkdir -p "$out"
 for matmul in native fp8; do
     "$distill" train configs/gpu/distill.yaml --set student.config=configs/gpu/teacher.json --set optimizer.lr=6e-4 --set train.steps=400 --set train.eval_every=40 --set train.log_every=40 \
