@@ -296,8 +296,8 @@ static struct attention_args attention_of(const struct model *m, int l)
                                    .D = c->head_dim, .scale = 1 / sqrtf((float)c->head_dim), .window = c->layer_slides && c->layer_slides[l] ? c->sliding_window : 0};
 }
 
-/* What the products of a block read. In fp8 that is a matrix of its own, x8 of a product and dy8, and most ops that make one write it rounded; attention's results, and the gradient of
- * the residual stream, are read by others too and rounded when a product comes to them. */
+/* What the products of a block read. In fp8 these are matrices of their own, x8 and dy8: norms and swiglu write them in place of what only products read; attention's results and the
+ * gradients of the residual stream and of q, k, v are rounded when a product comes to them. */
 
 static void input_rounded(struct model *m, int l, enum product i, int64_t N)
 {
@@ -358,7 +358,7 @@ static void swiglu_backward(struct model *m, int l)
     } else m->be->ops->swiglu_backward(m->be, a->gate_up, a->h, a->gate_up, m->n, m->c->intermediate_size);
 }
 
-/* y (N,O) = rows [first, first + N) of x, w^T + bias; in fp8 of x8 */
+/* y (N,O) = x w^T + bias, x from its row `first` on; in fp8 x8 */
 static void product_forward(struct model *m, int l, enum product i, act *y, act *x, int64_t first, int64_t N)
 {
     const struct ops *op = m->be->ops;
@@ -370,7 +370,7 @@ static void product_forward(struct model *m, int l, enum product i, act *y, act 
     } else op->linear_forward(m->be, y, rows_at(m, x, first, C), W(m, w), W(m, bias), N, C, O);
 }
 
-/* dw += dy^T x, dbias += sums of dy, dx = dy w; in fp8 of dy8 and x8. dx may take the memory of x */
+/* dw += dy^T x, dbias += sums of dy, dx = dy w; in fp8 dy8 and x8 are read. dx may take the memory of x */
 static void product_backward(struct model *m, int l, enum product i, act *dx, const act *dy, const act *x)
 {
     const struct ops *op = m->be->ops;
