@@ -231,6 +231,11 @@ struct ops {
     void (*swiglu_forward)(struct backend *be, act *h, const act *gate_up, int64_t N, int64_t F);
     void (*swiglu_backward)(struct backend *be, act *d_gate_up, const act *dh, const act *gate_up, int64_t N, int64_t F);
 
+    /* ---- the ops whose result only products in fp8 read, which write it rounded: to the bit what quantize() makes of what the op of the same name writes. Only where be->fp8 ---- */
+    void (*rmsnorm_forward_fp8)(struct backend *be, const struct fp8 *y8, float *rstd, act *sum, const act *x, const act *r, const act *w, int64_t N, int64_t C, float eps);
+    void (*swiglu_forward_fp8)(struct backend *be, const struct fp8 *h8, const act *gate_up, int64_t N, int64_t F);
+    void (*swiglu_backward_fp8)(struct backend *be, const struct fp8 *d8, const act *dh, const act *gate_up, int64_t N, int64_t F);      /* d8 (N, 2F): d_gate_up */
+
     /* ---- objective, targets, evaluation: over a chunk of R rows of logits (R, V) ---- */
     /* logits -> their gradient in place (padding columns get 0) */
     void (*distill_loss)(struct backend *be, act *logits, const struct distill_losses *out, const struct distill_targets *t, const struct distill_args *a,
@@ -256,7 +261,7 @@ struct backend {
     bool exact_rows;                    /* as in backend_options */
     bool fp8;                           /* has the products in fp8 */
     int fp8_multiple;                   /* their widths, C and O, and K of what is rounded are multiples of this; N may be anything */
-    int64_t fp8_widest;                 /* the longest row that quantize() takes; 0: any */
+    int64_t fp8_widest;                 /* the longest row that is rounded; 0: any */
     bool host_memory;                   /* what alloc() gives is the host's own memory: it may write there itself */
     void *scratch; size_t scratch_bytes;/* set by the caller from its memory plan, at least ops->scratch_bytes() */
     void *state;                        /* the backend's own */

@@ -123,7 +123,7 @@ static struct fp8 matrix(const struct kernels *k, int i, int64_t R, int64_t K)
     uint8_t *q = at(k, i);
     return (struct fp8){q, (float *)(void *)(q + (R * K + 255) / 256 * 256)};
 }
-enum { X8 = 5, DY8, W8, T8 };                                 /* beside the matrices they are made of, at 1, 0 and 2 */
+enum { X8 = 5, DY8, W8, T8, ROUNDED };                        /* beside the matrices they are made of, at 1, 0 and 2; what an op writes rounded */
 #define X_FP8 (struct fp8[]){matrix(k, X8, k->n[0], k->n[1])}
 #define DY_FP8 (struct fp8[]){matrix(k, DY8, k->n[0], k->n[2])}
 #define W_FP8 (struct fp8[]){matrix(k, W8, k->n[2], k->n[1])}
@@ -136,12 +136,15 @@ CALL(call_linear_input_fp8) { OP->linear_forward_fp8(BE, at(k, 1), DY_FP8, T_FP8
 CALL(call_linear_weight_fp8) { OP->linear_backward_weight_fp8(BE, at(k, 4), NULL, DY_FP8, X_FP8, k->n[0], k->n[1], k->n[2]); }
 CALL(call_norm) { OP->rmsnorm_forward(BE, at(k, 0), at(k, 1), at(k, 2), at(k, 3), at(k, 4), at(k, 5), k->N, k->C, 1e-6f); }
 CALL(call_norm_back) { OP->rmsnorm_backward(BE, at(k, 0), at(k, 6), at(k, 2), at(k, 3), at(k, 4), at(k, 5), at(k, 1), k->N, k->C); }
+CALL(call_norm_fp8) { OP->rmsnorm_forward_fp8(BE, (struct fp8[]){matrix(k, ROUNDED, k->N, k->C)}, at(k, 1), at(k, 2), at(k, 3), at(k, 4), at(k, 5), k->N, k->C, 1e-6f); }
 CALL(call_qk_norm) { OP->qk_norm_forward(BE, at(k, 0), at(k, 1), at(k, 2), at(k, 3), at(k, 3), k->N, HEADS, 1e-6f); }
 CALL(call_qk_norm_back) { OP->qk_norm_backward(BE, at(k, 4), at(k, 5), at(k, 5), at(k, 0), at(k, 2), at(k, 3), at(k, 3), at(k, 1), k->N, HEADS); }
 CALL(call_rope) { OP->rope_forward(BE, at(k, 1), at(k, 2), at(k, 3), at(k, 0), at(k, 4), at(k, 4), at(k, 5), k->N, HEADS); }
 CALL(call_rope_back) { OP->rope_backward(BE, at(k, 0), at(k, 1), at(k, 2), at(k, 3), at(k, 4), at(k, 4), at(k, 5), k->N, HEADS); }
 CALL(call_swiglu) { OP->swiglu_forward(BE, at(k, 0), at(k, 1), k->N, k->F); }
 CALL(call_swiglu_back) { OP->swiglu_backward(BE, at(k, 2), at(k, 0), at(k, 1), k->N, k->F); }
+CALL(call_swiglu_fp8) { OP->swiglu_forward_fp8(BE, (struct fp8[]){matrix(k, ROUNDED, k->N, k->F)}, at(k, 1), k->N, k->F); }
+CALL(call_swiglu_back_fp8) { OP->swiglu_backward_fp8(BE, (struct fp8[]){matrix(k, ROUNDED, k->N, 2 * k->F)}, at(k, 0), at(k, 1), k->N, k->F); }
 CALL(call_embed) { OP->embed_forward(BE, at(k, 0), at(k, 1), at(k, 2), k->N, k->C); }
 CALL(call_embed_back) { OP->embed_backward(BE, at(k, 3), at(k, 0), at(k, 1), k->N, k->C, k->V); }
 CALL(call_attention) { OP->attention_forward(BE, at(k, 3), at(k, 4), at(k, 0), at(k, 1), at(k, 2), &k->attention); }
@@ -237,17 +240,31 @@ static void memory(struct kernels *k)
     k->op->release_host(k->b.be, pinned);
 }
 
+/* On a GPU only when it is named: kernels that have yet to pass their tests there must not end a bench of the others. */
+static bool fp8_wanted(const struct kernels *k, const char *name) { return k->b.be->fp8 && (k->b.be->host_memory || k->n_words) && wanted(k, name); }
+
+static bool rounding_wanted(const struct kernels *k) { return fp8_wanted(k, "rmsnorm_forward_fp8") || fp8_wanted(k, "swiglu_forward_fp8") || fp8_wanted(k, "swiglu_backward_fp8"); }
+
+/* Rows of an op that writes them rounded, `width` wide; its argument is there only where it is measured. */
+static bool rounds(struct kernels *k, const char *name, int64_t width)
+{
+    if (!fp8_wanted(k, name) || width % k->b.be->fp8_multiple || (k->b.be->fp8_widest && width > k->b.be->fp8_widest)) return false;
+    output(k, ROUNDED, (double)k->N * ((double)width + 4) + 256);
+    return k->rc == OK;
+}
+
 static void pointwise(struct kernels *k)
 {
     char detail[64];
     double N = (double)k->N, C = (double)k->C, F = (double)k->F, q = (double)(k->Hq * k->D), kv = (double)(k->Hkv * k->D), row = q + 2 * kv, e = k->e;
-    if (wanted(k, "rmsnorm_forward") || wanted(k, "rmsnorm_backward")) {
+    if (wanted(k, "rmsnorm_forward") || wanted(k, "rmsnorm_backward") || fp8_wanted(k, "rmsnorm_forward_fp8")) {
         snprintf(detail, sizeof detail, "%lld x %lld", (long long)k->N, (long long)k->C);
         set_begin(k, 4 * N * C * e);
         output(k, 0, N * C * e); output(k, 1, N * 4); normals(k, 2, N * C, 1); normals(k, 3, N * C, 1); normals(k, 4, N * C, 1); normals(k, 5, C, 1); output(k, 6, C * k->g);
         for (int i = 0; i < k->turns && k->rc == OK; i++) call_norm(k);    /* backward reads rstd, also where forward was not wanted */
         bandwidth(k, "rmsnorm_forward", detail, call_norm, 4 * N * C * e);
         if (!k->teacher) bandwidth(k, "rmsnorm_backward", detail, call_norm_back, 4 * N * C * e);
+        if (rounds(k, "rmsnorm_forward_fp8", k->C)) bandwidth(k, "rmsnorm_forward_fp8", detail, call_norm_fp8, N * C * (3 * e + 1));
     }
     snprintf(detail, sizeof detail, "%lld x (%d + 2 x %d) x %d", (long long)k->N, k->Hq, k->Hkv, k->D);
     if (wanted(k, "qk_norm_forward") || wanted(k, "qk_norm_backward")) {
@@ -265,13 +282,15 @@ static void pointwise(struct kernels *k)
         bandwidth(k, "rope_forward", detail, call_rope, 2 * N * row * e);
         if (!k->teacher) bandwidth(k, "rope_backward", detail, call_rope_back, 2 * N * row * e);
     }
-    if (wanted(k, "swiglu_forward") || wanted(k, "swiglu_backward")) {
+    if (wanted(k, "swiglu_forward") || wanted(k, "swiglu_backward") || fp8_wanted(k, "swiglu_forward_fp8") || fp8_wanted(k, "swiglu_backward_fp8")) {
         snprintf(detail, sizeof detail, "%lld x %lld", (long long)k->N, (long long)k->F);
         set_begin(k, 3 * N * F * e);
         normals(k, 0, N * F, 1); normals(k, 1, 2 * N * F, 1);
         if (!k->teacher) output(k, 2, 2 * N * F * e);
         if (!k->teacher) bandwidth(k, "swiglu_backward", detail, call_swiglu_back, 5 * N * F * e);
         bandwidth(k, "swiglu_forward", detail, call_swiglu, 3 * N * F * e);
+        if (!k->teacher && rounds(k, "swiglu_backward_fp8", 2 * k->F)) bandwidth(k, "swiglu_backward_fp8", detail, call_swiglu_back_fp8, N * F * (3 * e + 2));
+        if (rounds(k, "swiglu_forward_fp8", k->F)) bandwidth(k, "swiglu_forward_fp8", detail, call_swiglu_fp8, N * F * (2 * e + 1));
     }
     if (wanted(k, "embed_forward") || wanted(k, "embed_backward")) {
         snprintf(detail, sizeof detail, "%lld x %lld of %lld", (long long)k->N, (long long)k->C, (long long)k->V);
@@ -304,13 +323,10 @@ static void attention(struct kernels *k, int64_t length)
     bandwidth(k, "attention_cached", detail, call_cached, 2 * cache * k->e);
 }
 
-static const char *const fp8_ops[] = {"quantize", "quantize_weight", "linear_forward_fp8", "linear_backward_input_fp8", "linear_backward_weight_fp8"};
-
-/* On a GPU only when they are named: kernels that have yet to pass their tests there must not end a bench of the others. */
-static bool fp8_wanted(const struct kernels *k)
+static bool products_fp8_wanted(const struct kernels *k)
 {
-    if (!k->b.be->host_memory && !k->n_words) return false;
-    for (size_t i = 0; i < sizeof fp8_ops / sizeof *fp8_ops; i++) if (wanted(k, fp8_ops[i])) return k->b.be->fp8;
+    static const char *const names[] = {"quantize", "quantize_weight", "linear_forward_fp8", "linear_backward_input_fp8", "linear_backward_weight_fp8"};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) if (fp8_wanted(k, names[i])) return true;
     return false;
 }
 
@@ -353,7 +369,7 @@ static void rate_fp8(struct kernels *k)
 {
     int64_t square = bench_on_cpu(&k->b) ? SQUARE_FP8_CPU : SQUARE_FP8;
     double n = (double)square;
-    if (!fp8_wanted(k)) return;
+    if (!products_fp8_wanted(k)) return;
     set_begin(k, CACHE_GPU);
     k->n[0] = k->n[1] = k->n[2] = square;
     normals(k, 0, n * n, 0.1f); normals(k, 1, n * n, 1); normals(k, 2, n * n, 0.02f);
@@ -372,7 +388,7 @@ static void products(struct kernels *k)
 {
     const struct { const char *name; int64_t C, O; float scale; } list[] = {
         {"qkv", k->C, (k->Hq + 2 * k->Hkv) * k->D, 0.02f}, {"o", k->Hq * k->D, k->C, 0.02f}, {"gate_up", k->C, 2 * k->F, 0.02f}, {"down", k->F, k->C, 0.02f}};
-    bool fp8 = fp8_wanted(k);
+    bool fp8 = products_fp8_wanted(k);
     if (!wanted(k, "linear_forward") && !wanted(k, "linear_backward_weight") && !wanted(k, "linear_backward_input") && !fp8) return;
     rate_fp8(k);
     for (size_t i = 0; i < sizeof list / sizeof *list && k->rc == OK; i++) {
@@ -509,7 +525,7 @@ int bench_kernels(const struct config *c, const char *shape, bool teacher, int n
     k.e = (double)dtype_width(b->be->act_dtype); k.g = (double)dtype_width(b->be->grad_dtype); k.m = (double)dtype_width(b->be->moment_dtype);
     TRY(bench_rates(b, k.N));
     struct op_limits limits = {.N = k.N > HEAD_TOKENS ? k.N : HEAD_TOKENS, .C = k.C, .F = k.F, .V = k.V, .chunk_rows = k.R, .max_doc = k.S, .Hq = k.Hq, .Hkv = k.Hkv, .D = k.D, .K = 256,
-                               .backward = !teacher, .fp8 = fp8_wanted(&k)};
+                               .backward = !teacher, .fp8 = products_fp8_wanted(&k) || rounding_wanted(&k)};
     k.plan = memory_plan_new(b->be);
     memory_add_scratch(k.plan, k.op->scratch_bytes(b->be, &limits));
     TRY(memory_commit(k.plan, (size_t)(c->memory_limit_gib * 0x1p30)));

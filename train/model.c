@@ -74,15 +74,15 @@ static void plan_layer(struct model *m, struct planner *p, int l)
         plan_float(p, &a->rstd_attn, 1);
         plan_float(p, &a->rstd_mlp, 1);
     }
-    bool own_inputs = l == 0 || (own_cheap && !m->o.fp8);            /* of the products; in fp8 what they read is kept instead */
-    if (own_inputs) plan_act(p, &a->norm_attn, C);
+    bool own_inputs = own_cheap && !m->o.fp8;               /* of the products; in fp8 they are written as the products read them, and dh alone needs the memory of h */
+    if (own_inputs || (l == 0 && !m->o.train)) plan_act(p, &a->norm_attn, C);
     if (own_inputs && m->o.train) plan_act(p, &a->norm_mlp, C);
     struct planner ffn = *p;
     ffn.N = m->o.ffn_rows;
     if (own_ffn) plan_act(&ffn, &a->gate_up, 2 * F);
-    if (own_inputs) plan_act(&ffn, &a->h, F);
-    if (m->o.fp8 && own_cheap)
-        for (int i = 0; i < PRODUCT_COUNT; i++) plan_fp8(i == PRODUCT_DOWN || (i == PRODUCT_GATE_UP && !m->o.train) ? &ffn : p, &a->x8[i], matrix_of(&m->params->layer[l], i)->cols);
+    if (own_inputs || (l == 0 && m->o.train)) plan_act(&ffn, &a->h, F);
+    for (int i = 0; i < PRODUCT_COUNT && m->o.fp8 && own_cheap; i++)
+        if (m->o.train || i != PRODUCT_GATE_UP) plan_fp8(i == PRODUCT_DOWN ? &ffn : p, &a->x8[i], matrix_of(&m->params->layer[l], i)->cols);
 }
 
 /* What a training model in fp8 has besides: both layouts of every matrix, and room for the gradient of the widest output. */
@@ -116,6 +116,7 @@ static void share_layers(struct model *m)
         if (!m->o.train) {                                  /* one residual buffer, added to in place, and one for what the norms write */
             a->res_mlp = a->res_attn;
             a->norm_mlp = a->norm_attn;
+            a->x8[PRODUCT_GATE_UP] = a->x8[PRODUCT_QKV];
         }
     }
     if (!m->o.train) {
@@ -295,36 +296,87 @@ static struct attention_args attention_of(const struct model *m, int l)
                                    .D = c->head_dim, .scale = 1 / sqrtf((float)c->head_dim), .window = c->layer_slides && c->layer_slides[l] ? c->sliding_window : 0};
 }
 
-/* The products of a block. In fp8 their inputs are rounded here, row by row, and kept so for the backward. */
-static void keep_fp8(struct model *m, int l, enum product i, const act *x, int64_t N)
+/* What the products of a block read. In fp8 these are matrices of their own, x8 and dy8: norms and swiglu write them in place of what only products read; attention's results and the
+ * gradients of the residual stream and of q, k, v are rounded when a product comes to them. */
+
+static void input_rounded(struct model *m, int l, enum product i, int64_t N)
 {
-    const struct fp8 *x8 = &m->acts[l].x8[i];
-    int64_t C = matrix_of(&m->params->layer[l], i)->cols;
-    m->be->ops->quantize(m->be, x8, x, N, C);
-    if (m->count) m->be->ops->fp8_count(m->be, &m->census[CENSUS_ACTIVATIONS], x8, N, C);
+    if (m->count) m->be->ops->fp8_count(m->be, &m->census[CENSUS_ACTIVATIONS], &m->acts[l].x8[i], N, matrix_of(&m->params->layer[l], i)->cols);
 }
 
-/* y = x w^T + bias */
-static void product_forward(struct model *m, int l, enum product i, act *y, const act *x, int64_t N)
+static void gradient_rounded(struct model *m, int l, enum product i)
+{
+    if (m->count) m->be->ops->fp8_count(m->be, &m->census[CENSUS_GRADIENTS], &m->dy8, m->n, matrix_of(&m->params->layer[l], i)->rows);
+}
+
+static void round_input(struct model *m, int l, enum product i, const act *x)
+{
+    if (!m->o.fp8) return;
+    m->be->ops->quantize(m->be, &m->acts[l].x8[i], x, m->n, matrix_of(&m->params->layer[l], i)->cols);
+    input_rounded(m, l, i, m->n);
+}
+
+static void round_gradient(struct model *m, int l, enum product i, const act *dy)
+{
+    if (!m->o.fp8) return;
+    m->be->ops->quantize(m->be, &m->dy8, dy, m->n, matrix_of(&m->params->layer[l], i)->rows);
+    gradient_rounded(m, l, i);
+}
+
+/* s = x + r -> sum, and its norm: what product i, qkv or gate and up, reads */
+static void norm_forward(struct model *m, int l, enum product i, act *sum, const act *x, const act *r)
+{
+    const struct ops *op = m->be->ops;
+    const struct layer_params *p = &m->params->layer[l];
+    const struct layer_acts *a = &m->acts[l];
+    bool attn = i == PRODUCT_QKV;
+    const act *w = W(m, attn ? p->attn_norm : p->mlp_norm);
+    float *rstd = attn ? a->rstd_attn : a->rstd_mlp, eps = m->c->rms_norm_eps;
+    if (m->o.fp8) {
+        op->rmsnorm_forward_fp8(m->be, &a->x8[i], rstd, sum, x, r, w, m->n, m->c->hidden_size, eps);
+        input_rounded(m, l, i, m->n);
+    } else op->rmsnorm_forward(m->be, attn ? a->norm_attn : a->norm_mlp, rstd, sum, x, r, w, m->n, m->c->hidden_size, eps);
+}
+
+/* gate_up -> h */
+static void swiglu_forward(struct model *m, int l, int64_t N)
+{
+    const struct layer_acts *a = &m->acts[l];
+    if (m->o.fp8) {
+        m->be->ops->swiglu_forward_fp8(m->be, &a->x8[PRODUCT_DOWN], a->gate_up, N, m->c->intermediate_size);
+        input_rounded(m, l, PRODUCT_DOWN, N);
+    } else m->be->ops->swiglu_forward(m->be, a->h, a->gate_up, N, m->c->intermediate_size);
+}
+
+/* dh, in h's memory -> d_gate_up, in gate_up's or, in fp8, dy8 */
+static void swiglu_backward(struct model *m, int l)
+{
+    const struct layer_acts *a = &m->acts[l];
+    if (m->o.fp8) {
+        m->be->ops->swiglu_backward_fp8(m->be, &m->dy8, a->h, a->gate_up, m->n, m->c->intermediate_size);
+        gradient_rounded(m, l, PRODUCT_GATE_UP);
+    } else m->be->ops->swiglu_backward(m->be, a->gate_up, a->h, a->gate_up, m->n, m->c->intermediate_size);
+}
+
+/* y (N,O) = x w^T + bias, x from its row `first` on; in fp8 x8 */
+static void product_forward(struct model *m, int l, enum product i, act *y, act *x, int64_t first, int64_t N)
 {
     const struct ops *op = m->be->ops;
     const struct param *w = matrix_of(&m->params->layer[l], i), *bias = bias_of(&m->params->layer[l], i);
+    int64_t C = w->cols, O = w->rows;
     if (m->o.fp8) {
-        struct fp8 w8 = W8(m, l, i);
-        keep_fp8(m, l, i, x, N);
-        op->linear_forward_fp8(m->be, y, &m->acts[l].x8[i], &w8, W(m, bias), N, w->cols, w->rows);
-    } else op->linear_forward(m->be, y, x, W(m, w), W(m, bias), N, w->cols, w->rows);
+        struct fp8 w8 = W8(m, l, i), x8 = {m->acts[l].x8[i].q + first * C, m->acts[l].x8[i].scale + first};
+        op->linear_forward_fp8(m->be, y, &x8, &w8, W(m, bias), N, C, O);
+    } else op->linear_forward(m->be, y, rows_at(m, x, first, C), W(m, w), W(m, bias), N, C, O);
 }
 
-/* dw += dy^T x, dbias += sums of dy, dx = dy w; dx may take the memory of x */
+/* dw += dy^T x, dbias += sums of dy, dx = dy w; in fp8 dy8 and x8 are read. dx may take the memory of x */
 static void product_backward(struct model *m, int l, enum product i, act *dx, const act *dy, const act *x)
 {
     const struct ops *op = m->be->ops;
     const struct param *w = matrix_of(&m->params->layer[l], i), *bias = bias_of(&m->params->layer[l], i);
     int64_t N = m->n, C = w->cols, O = w->rows;
     if (m->o.fp8) {
-        op->quantize(m->be, &m->dy8, dy, N, O);
-        if (m->count) op->fp8_count(m->be, &m->census[CENSUS_GRADIENTS], &m->dy8, N, O);
         op->linear_backward_weight_fp8(m->be, G(m, w), G(m, bias), &m->dy8, &m->acts[l].x8[i], N, C, O);
         op->linear_forward_fp8(m->be, dx, &m->dy8, &m->fp8[l].t[i], NULL, N, O, C);
     } else {
@@ -357,31 +409,29 @@ static void attention_forward(struct model *m, int l)
     int64_t N = m->n;
     struct attention_args args = attention_of(m, l);
 
-    product_forward(m, l, PRODUCT_QKV, c->qk_norm ? a->qkv_raw : m->qkv, a->norm_attn, N);
+    product_forward(m, l, PRODUCT_QKV, c->qk_norm ? a->qkv_raw : m->qkv, a->norm_attn, 0, N);
     if (c->qk_norm) op->qk_norm_forward(m->be, m->qkv, a->rstd_qk, a->qkv_raw, W(m, p->q_norm), W(m, p->k_norm), N, Hq, Hkv, D, c->rms_norm_eps);
     op->rope_forward(m->be, a->q, a->k, a->v, m->qkv, m->rope_cos, m->rope_sin, m->position, N, Hq, Hkv, D);
     if (m->o.cache) op->attention_cached(m->be, a->att, m->cache.k[l], m->cache.v[l], a->q, a->k, a->v, N, m->cache.past, Hq, Hkv, D, args.scale, args.window);
     else op->attention_forward(m->be, a->att, a->lse, a->q, a->k, a->v, &args);
-    product_forward(m, l, PRODUCT_ATTENTION_OUT, m->block_out, a->att, N);
+    round_input(m, l, PRODUCT_ATTENTION_OUT, a->att);
+    product_forward(m, l, PRODUCT_ATTENTION_OUT, m->block_out, a->att, 0, N);
 }
 
 /* The stream enters as x, with `r` (the MLP output of the layer below, NULL in layer 0) still to be added; it leaves as res_mlp with block_out still to be added. */
 static void block_forward(struct model *m, int l, const act *x, const act *r)
 {
-    const struct ops *op = m->be->ops;
-    const struct model_config *c = m->c;
-    const struct layer_params *p = &m->params->layer[l];
     const struct layer_acts *a = &m->acts[l];
-    int64_t N = m->n, C = c->hidden_size, F = c->intermediate_size;
+    int64_t N = m->n, C = m->c->hidden_size;
 
-    op->rmsnorm_forward(m->be, a->norm_attn, a->rstd_attn, r ? a->res_attn : NULL, x, r, W(m, p->attn_norm), N, C, c->rms_norm_eps);
+    norm_forward(m, l, PRODUCT_QKV, r ? a->res_attn : NULL, x, r);
     attention_forward(m, l);
-    op->rmsnorm_forward(m->be, a->norm_mlp, a->rstd_mlp, a->res_mlp, a->res_attn, m->block_out, W(m, p->mlp_norm), N, C, c->rms_norm_eps);
+    norm_forward(m, l, PRODUCT_GATE_UP, a->res_mlp, a->res_attn, m->block_out);
     for (int64_t first = 0; first < N; first += m->o.ffn_rows) {       /* one turn where activations are kept */
         int64_t rows = N - first < m->o.ffn_rows ? N - first : m->o.ffn_rows;
-        product_forward(m, l, PRODUCT_GATE_UP, a->gate_up, rows_at(m, a->norm_mlp, first, C), rows);
-        op->swiglu_forward(m->be, a->h, a->gate_up, rows, F);
-        product_forward(m, l, PRODUCT_DOWN, rows_at(m, m->block_out, first, C), a->h, rows);
+        product_forward(m, l, PRODUCT_GATE_UP, a->gate_up, a->norm_mlp, first, rows);
+        swiglu_forward(m, l, rows);
+        product_forward(m, l, PRODUCT_DOWN, rows_at(m, m->block_out, first, C), a->h, 0, rows);
     }
 }
 
@@ -412,30 +462,24 @@ static void block_leave(struct model *m)
 /* Brings back what the policy dropped, by the same ops on the same inputs. */
 static void block_recompute(struct model *m, int l)
 {
-    const struct ops *op = m->be->ops;
-    const struct model_config *c = m->c;
-    const struct layer_params *p = &m->params->layer[l];
     const struct layer_acts *a = &m->acts[l];
     enum recompute policy = m->o.recompute;
-    int64_t N = m->n, C = c->hidden_size, F = c->intermediate_size;
+    int64_t N = m->n;
     if (policy == RECOMPUTE_NONE) return;
 
-    op->rmsnorm_forward(m->be, a->norm_attn, a->rstd_attn, NULL, a->res_attn, NULL, W(m, p->attn_norm), N, C, c->rms_norm_eps);
+    norm_forward(m, l, PRODUCT_QKV, NULL, a->res_attn, NULL);
     if (policy == RECOMPUTE_BLOCK) {
         attention_forward(m, l);
-        op->rmsnorm_forward(m->be, a->norm_mlp, a->rstd_mlp, a->res_mlp, a->res_attn, m->block_out, W(m, p->mlp_norm), N, C, c->rms_norm_eps);
+        norm_forward(m, l, PRODUCT_GATE_UP, a->res_mlp, a->res_attn, m->block_out);
     } else {
-        if (m->o.fp8) keep_fp8(m, l, PRODUCT_QKV, a->norm_attn, N);
-        if (m->o.fp8) keep_fp8(m, l, PRODUCT_ATTENTION_OUT, a->att, N);
-        op->rmsnorm_forward(m->be, a->norm_mlp, a->rstd_mlp, NULL, a->res_mlp, NULL, W(m, p->mlp_norm), N, C, c->rms_norm_eps);
+        round_input(m, l, PRODUCT_ATTENTION_OUT, a->att);
+        norm_forward(m, l, PRODUCT_GATE_UP, NULL, a->res_mlp, NULL);
     }
-    if (policy >= RECOMPUTE_FFN) product_forward(m, l, PRODUCT_GATE_UP, a->gate_up, a->norm_mlp, N);
-    else if (m->o.fp8) keep_fp8(m, l, PRODUCT_GATE_UP, a->norm_mlp, N);
-    op->swiglu_forward(m->be, a->h, a->gate_up, N, F);
-    if (m->o.fp8) keep_fp8(m, l, PRODUCT_DOWN, a->h, N);
+    if (policy >= RECOMPUTE_FFN) product_forward(m, l, PRODUCT_GATE_UP, a->gate_up, a->norm_mlp, 0, N);
+    swiglu_forward(m, l, N);
 }
 
-/* d: the gradient of the stream that leaves the layer -> of the stream that enters it. dh takes h's memory, d_gate_up takes gate_up's. */
+/* d: the gradient of the stream that leaves the layer -> of the stream that enters it. dh takes h's memory. */
 static void block_backward(struct model *m, int l)
 {
     const struct ops *op = m->be->ops;
@@ -443,21 +487,24 @@ static void block_backward(struct model *m, int l)
     const struct layer_params *p = &m->params->layer[l];
     const struct layer_acts *a = &m->acts[l];
     int Hq = c->n_heads, Hkv = c->n_kv_heads, D = c->head_dim;
-    int64_t N = m->n, C = c->hidden_size, F = c->intermediate_size;
+    int64_t N = m->n, C = c->hidden_size;
     struct attention_args args = attention_of(m, l);
     act *d = m->d_hidden;
 
     block_recompute(m, l);
+    round_gradient(m, l, PRODUCT_DOWN, d);
     product_backward(m, l, PRODUCT_DOWN, a->h, d, a->h);
-    op->swiglu_backward(m->be, a->gate_up, a->h, a->gate_up, N, F);
+    swiglu_backward(m, l);
     product_backward(m, l, PRODUCT_GATE_UP, m->d_norm, a->gate_up, a->norm_mlp);
     op->rmsnorm_backward(m->be, d, G(m, p->mlp_norm), d, m->d_norm, a->res_mlp, W(m, p->mlp_norm), a->rstd_mlp, N, C);
 
+    round_gradient(m, l, PRODUCT_ATTENTION_OUT, d);
     product_backward(m, l, PRODUCT_ATTENTION_OUT, m->d_att, d, a->att);
     op->attention_backward(m->be, m->dq, m->dk, m->dv, m->d_att, a->att, a->lse, a->q, a->k, a->v, &args);
     op->rope_backward(m->be, m->qkv, m->dq, m->dk, m->dv, m->rope_cos, m->rope_sin, m->position, N, Hq, Hkv, D);
     if (c->qk_norm)
         op->qk_norm_backward(m->be, m->qkv, G(m, p->q_norm), G(m, p->k_norm), m->qkv, a->qkv_raw, W(m, p->q_norm), W(m, p->k_norm), a->rstd_qk, N, Hq, Hkv, D);
+    round_gradient(m, l, PRODUCT_QKV, m->qkv);
     product_backward(m, l, PRODUCT_QKV, m->d_norm, m->qkv, a->norm_attn);
     op->rmsnorm_backward(m->be, d, G(m, p->attn_norm), d, m->d_norm, a->res_attn, W(m, p->attn_norm), a->rstd_attn, N, C);
 }

@@ -31,7 +31,7 @@ struct layer_acts {
     float *rstd_attn, *rstd_mlp;   /* (N) */
     float *rstd_qk;           /* (N, Hq+Hkv) */
     float *lse;               /* N * Hq */
-    struct fp8 x8[PRODUCT_COUNT];  /* norm_attn, att, norm_mlp, h as the products read them; only with o.fp8, and then norm_attn, norm_mlp and h are scratch */
+    struct fp8 x8[PRODUCT_COUNT];  /* norm_attn, att, norm_mlp, h as the products read them; only with o.fp8, which keeps of these but att: when training h, for dh; else norm_attn, for hidden */
 };
 
 /* A training model's matrices as the products read them, made from its weights after every step: w (O,C), t (C,O). */
@@ -47,7 +47,7 @@ struct model_options {
     bool train;               /* gradients and activations for a backward */
     enum recompute recompute;
     bool cache;               /* generation: a KV cache of max_doc positions instead of packed attention */
-    int64_t ffn_rows;         /* inference: positions that pass through the MLP at a time, its buffers being the widest; 0: all N */
+    int64_t ffn_rows;         /* inference: positions that pass through the MLP at a time, its buffers being the widest; 0: all N. In fp8 on CUDA a multiple of 4, or all N */
     bool fp8;                 /* the products of the blocks in fp8; embedding, head and attention stay as they are. Only where model_check_fp8() is OK */
     int layer_slots;          /* inference: 0: blocks are resident; 2 .. STREAM_SLOTS: they are streamed from host memory through so many places */
     bool mapped;              /* inference: every pass reads each block from the checkpoint's files when its turn comes, into room for one */
@@ -61,7 +61,7 @@ struct model {
     act *weights; grad *grads;            /* weights: home.device; of a model that trains, the table itself */
     struct weight_home home;
     struct weight_files *files; int read_status;    /* o.mapped: where blocks are read from, and the first failure of that: passes are worth nothing then */
-    struct layer_fp8 *fp8; struct fp8 dy8;          /* [L]; scratch for the gradient of a product's output */
+    struct layer_fp8 *fp8; struct fp8 dy8;          /* [L]; the gradient of the next product's output */
     struct fp8_census *census; bool count;          /* device, [CENSUS_COUNT]; count: what passes through products is counted there */
     void *slot[STREAM_SLOTS]; int64_t streamed, entered;   /* streamed: blocks asked for and blocks begun since the start; block n is layer n mod L in slot n mod layer_slots */
     float *rope_cos, *rope_sin;           /* (max_doc, D/2) */

@@ -34,7 +34,7 @@ void cpu_product(const struct backend *be, float *scratch, float *y, int64_t ldy
 void cpu_add_outer_products(float *dw, float scale, const float *dy, const float *x, int64_t N, int64_t C, int64_t O);
 void cpu_add_column_sums(float *sums, const float *x, int64_t N, int64_t O);
 
-/* bytes for the products in fp8 (fp8.c) */
+/* bytes for the products in fp8, and for a row of every thread of the ops that round what they write (fp8.c) */
 size_t cpu_fp8_scratch(const struct backend *be, const struct op_limits *l);
 
 /* Row statistics over n values scaled by `scale`: the largest, and log sum exp in double. -INFINITY for an empty or fully masked row. */
@@ -45,6 +45,7 @@ void cpu_random_normal(struct backend *be, act *x, int64_t count, float mean, fl
 void cpu_embed_forward(struct backend *be, act *x, const int32_t *tokens, const act *table, int64_t N, int64_t C);
 void cpu_embed_backward(struct backend *be, grad *dtable, const act *dx, const int32_t *tokens, int64_t N, int64_t C, int64_t V);
 void cpu_rmsnorm_forward(struct backend *be, act *y, float *rstd, act *sum, const act *x, const act *r, const act *w, int64_t N, int64_t C, float eps);
+void cpu_rmsnorm_forward_fp8(struct backend *be, const struct fp8 *y8, float *rstd, act *sum, const act *x, const act *r, const act *w, int64_t N, int64_t C, float eps);
 void cpu_rmsnorm_backward(struct backend *be, act *dx, grad *dw, const act *dres, const act *dy, const act *x, const act *w, const float *rstd, int64_t N, int64_t C);
 void cpu_qk_norm_forward(struct backend *be, act *y, float *rstd, const act *x, const act *wq, const act *wk, int64_t N, int Hq, int Hkv, int D, float eps);
 void cpu_qk_norm_backward(struct backend *be, act *dx, grad *dwq, grad *dwk, const act *dy, const act *x, const act *wq, const act *wk, const float *rstd,
@@ -68,6 +69,8 @@ void cpu_linear_backward_weight_fp8(struct backend *be, grad *dw, grad *dbias, c
 void cpu_fp8_count(struct backend *be, struct fp8_census *sum, const struct fp8 *x, int64_t R, int64_t K);
 void cpu_swiglu_forward(struct backend *be, act *h, const act *gate_up, int64_t N, int64_t F);
 void cpu_swiglu_backward(struct backend *be, act *d_gate_up, const act *dh, const act *gate_up, int64_t N, int64_t F);
+void cpu_swiglu_forward_fp8(struct backend *be, const struct fp8 *h8, const act *gate_up, int64_t N, int64_t F);
+void cpu_swiglu_backward_fp8(struct backend *be, const struct fp8 *d8, const act *dh, const act *gate_up, int64_t N, int64_t F);
 void cpu_distill_loss(struct backend *be, act *logits, const struct distill_losses *out, const struct distill_targets *t, const struct distill_args *a, int64_t R, int64_t V, int64_t Vv);
 void cpu_teacher_targets(struct backend *be, const struct teacher_targets *out, const act *logits, const int32_t *labels, int64_t R, int64_t V, int64_t Vv);
 void cpu_sample_targets(struct backend *be, const struct sample_targets *s, const act *logits, int64_t R, int64_t V, int64_t Vv);

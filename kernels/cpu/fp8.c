@@ -49,7 +49,9 @@ size_t cpu_fp8_scratch(const struct backend *be, const struct op_limits *l)
 {
     if (!l->fp8) return 0;
     int64_t widest = widest_of(l), taller = l->N > widest ? l->N : widest;
-    return (size_t)(l->N * (widest + 1) + PANEL * taller) * sizeof(float) + (be->exact_rows ? thread_scratch_bytes(cpu_exact_rows_scratch(widest)) : 0);
+    size_t products = (size_t)(l->N * (widest + 1) + PANEL * taller) * sizeof(float) + (be->exact_rows ? thread_scratch_bytes(cpu_exact_rows_scratch(widest)) : 0);
+    size_t rows = thread_scratch_bytes((size_t)widest);
+    return products > rows ? products : rows;
 }
 
 /* rows [first, first + rows) of x as floats */

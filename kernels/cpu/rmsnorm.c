@@ -1,7 +1,21 @@
 /* RMSNorm with the residual join (Zhang & Sennrich 2019):
  *     s = x + r      y_i = w_i s_i rstd      rstd = (mean s^2 + eps)^-1/2
  *     ds_i = dres_i + rstd (w_i dy_i - s_i rstd^2 mean_j(w_j dy_j s_j))      dw_i += sum_n dy_ni s_ni rstd_n */
+#include "base/fp8.h"
 #include "kernels/cpu/cpu.h"
+
+/* One row; returns rstd. s may be x, r or y. */
+static float norm_row(float *y, float *s, const float *x, const float *r, const float *w, int64_t C, float eps)
+{
+    double squares = 0;
+    if (r) for (int64_t c = 0; c < C; c++) s[c] = x[c] + r[c];
+    else if (s != x) for (int64_t c = 0; c < C; c++) s[c] = x[c];
+    #pragma omp simd reduction(+ : squares)
+    for (int64_t c = 0; c < C; c++) squares += (double)s[c] * s[c];
+    float rstd = (float)(1.0 / sqrt(squares / (double)C + eps));
+    for (int64_t c = 0; c < C; c++) y[c] = w[c] * (s[c] * rstd);
+    return rstd;
+}
 
 void cpu_rmsnorm_forward(struct backend *be, act *y_, float *rstd, act *sum_, const act *x_, const act *r_, const act *w_, int64_t N, int64_t C, float eps)
 {
@@ -10,16 +24,20 @@ void cpu_rmsnorm_forward(struct backend *be, act *y_, float *rstd, act *sum_, co
     const float *x = cfp32(x_), *r = cfp32(r_), *w = cfp32(w_);
     #pragma omp parallel for schedule(static)
     for (int64_t n = 0; n < N; n++) {
-        const float *xn = x + n * C, *rn = r ? r + n * C : NULL;
-        float *yn = y + n * C, *sn = sum ? sum + n * C : yn;   /* without a place for s it passes through y */
-        double squares = 0;
-        if (rn) for (int64_t c = 0; c < C; c++) sn[c] = xn[c] + rn[c];
-        else if (sn != xn) for (int64_t c = 0; c < C; c++) sn[c] = xn[c];
-        #pragma omp simd reduction(+ : squares)
-        for (int64_t c = 0; c < C; c++) squares += (double)sn[c] * sn[c];
-        float scale = (float)(1.0 / sqrt(squares / (double)C + eps));
-        for (int64_t c = 0; c < C; c++) yn[c] = w[c] * (sn[c] * scale);
-        rstd[n] = scale;
+        float *yn = y + n * C;                                 /* without a place for s it passes through y */
+        rstd[n] = norm_row(yn, sum ? sum + n * C : yn, x + n * C, r ? r + n * C : NULL, w, C, eps);
+    }
+}
+
+void cpu_rmsnorm_forward_fp8(struct backend *be, const struct fp8 *y8, float *rstd, act *sum_, const act *x_, const act *r_, const act *w_, int64_t N, int64_t C, float eps)
+{
+    float *sum = fp32(sum_);
+    const float *x = cfp32(x_), *r = cfp32(r_), *w = cfp32(w_);
+    #pragma omp parallel for schedule(static)
+    for (int64_t n = 0; n < N; n++) {
+        float *y = thread_scratch(be, (size_t)C);
+        rstd[n] = norm_row(y, sum ? sum + n * C : y, x + n * C, r ? r + n * C : NULL, w, C, eps);
+        e4m3_round_row(y8->q + n * C, &y8->scale[n], y, C);
     }
 }
 

@@ -110,6 +110,7 @@ void cuda_random_normal(struct backend *be, act *x, int64_t count, float mean, f
 void cuda_embed_forward(struct backend *be, act *x, const int32_t *tokens, const act *table, int64_t N, int64_t C);
 void cuda_embed_backward(struct backend *be, grad *dtable, const act *dx, const int32_t *tokens, int64_t N, int64_t C, int64_t V);
 void cuda_rmsnorm_forward(struct backend *be, act *y, float *rstd, act *sum, const act *x, const act *r, const act *w, int64_t N, int64_t C, float eps);
+void cuda_rmsnorm_forward_fp8(struct backend *be, const struct fp8 *y8, float *rstd, act *sum, const act *x, const act *r, const act *w, int64_t N, int64_t C, float eps);
 void cuda_rmsnorm_backward(struct backend *be, act *dx, grad *dw, const act *dres, const act *dy, const act *x, const act *w, const float *rstd, int64_t N, int64_t C);
 void cuda_qk_norm_forward(struct backend *be, act *y, float *rstd, const act *x, const act *wq, const act *wk, int64_t N, int Hq, int Hkv, int D, float eps);
 void cuda_qk_norm_backward(struct backend *be, act *dx, grad *dwq, grad *dwk, const act *dy, const act *x, const act *wq, const act *wk, const float *rstd,
@@ -132,6 +133,8 @@ void cuda_linear_backward_weight_fp8(struct backend *be, grad *dw, grad *dbias, 
 void cuda_fp8_count(struct backend *be, struct fp8_census *sum, const struct fp8 *x, int64_t R, int64_t K);
 void cuda_swiglu_forward(struct backend *be, act *h, const act *gate_up, int64_t N, int64_t F);
 void cuda_swiglu_backward(struct backend *be, act *d_gate_up, const act *dh, const act *gate_up, int64_t N, int64_t F);
+void cuda_swiglu_forward_fp8(struct backend *be, const struct fp8 *h8, const act *gate_up, int64_t N, int64_t F);
+void cuda_swiglu_backward_fp8(struct backend *be, const struct fp8 *d8, const act *dh, const act *gate_up, int64_t N, int64_t F);
 void cuda_distill_loss(struct backend *be, act *logits, const struct distill_losses *out, const struct distill_targets *t, const struct distill_args *a, int64_t R, int64_t V, int64_t Vv);
 void cuda_teacher_targets(struct backend *be, const struct teacher_targets *out, const act *logits, const int32_t *labels, int64_t R, int64_t V, int64_t Vv);
 void cuda_sample_targets(struct backend *be, const struct sample_targets *s, const act *logits, int64_t R, int64_t V, int64_t Vv);

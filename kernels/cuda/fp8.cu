@@ -1,26 +1,9 @@
 /* Matrices in fp8 (the maths is in cpu/fp8.c): rounding into them, the transposes that the products of linear_fp8.c read, sums and counts. All of it moves bytes and is done when
  * they are moved: every tensor is read once and written once, in 16 bytes or whole lines of 128, but for a weight, whose new rows have to be known before they are written.
- *
- * Floats become e4m3 by the hardware's conversion, which is e4m3_from_float() to the bit for all that is not NaN; NaN out of an arithmetic instruction is the one positive
- * NaN, so a factor of NaN writes E4M3_NAN. Maxima are taken of the floats' bits without their sign, which order as the floats do and put NaN on top. */
-#include <cuda_fp8.h>
-
-#include "base/fp8.h"
-#include "kernels/cuda/common.cuh"
+ * The arithmetic of rounding is in fp8.cuh. */
+#include "kernels/cuda/fp8.cuh"
 
 enum { QUANTIZE_THREADS = 1024, COLUMN_WARPS = 8, COUNT_WARPS = 8, TILE = 128, TILE_WARPS = 8 };
-constexpr uint32_t INFINITY_BITS = 0x7f800000u;
-
-__device__ __forceinline__ uint32_t magnitude_bits(float x) { return __float_as_uint(x) & 0x7fffffffu; }
-__device__ __forceinline__ float quiet_nan() { return __uint_as_float(0x7fc00000u); }
-/* what a number is multiplied by to become e4m3; scale is a power of two, so this is exact */
-__device__ __forceinline__ float inverse_of(float scale) { return magnitude_bits(scale) < INFINITY_BITS ? 1.0f / scale : quiet_nan(); }
-
-__device__ __forceinline__ uint32_t round4(const float (&x)[4])
-{
-    uint32_t low = __nv_cvt_float2_to_fp8x2(make_float2(x[0], x[1]), __NV_SATFINITE, __NV_E4M3), high = __nv_cvt_float2_to_fp8x2(make_float2(x[2], x[3]), __NV_SATFINITE, __NV_E4M3);
-    return low | high << 16;
-}
 
 __device__ __forceinline__ void numbers4(float (&x)[4], uint32_t word)
 {
@@ -47,29 +30,13 @@ __global__ void __launch_bounds__(QUANTIZE_THREADS) quantize_kernel(uint8_t *__r
     #pragma unroll
     for (int v = 0; v < VPT; v++) {
         int k = (threadIdx.x + v * blockDim.x) * W;
-        if (k < K) {
-            float a[W];
-            unpack<T, W>(a, row[v]);
-            #pragma unroll
-            for (int i = 0; i < W; i++) most = max(most, magnitude_bits(a[i]));
-        }
+        if (k < K) most = max(most, largest_of<T, W>(row[v]));
     }
-    float s = e4m3_scale(__uint_as_float(block_reduce(most, 0u, max_op()))), inverse = inverse_of(s);
-    if (threadIdx.x == 0) scale[blockIdx.x] = s;
+    float factor = factor_of_row(scale + blockIdx.x, most);
     #pragma unroll
     for (int v = 0; v < VPT; v++) {
         int k = (threadIdx.x + v * blockDim.x) * W;
-        if (k < K) {
-            float a[W];
-            packed<uint8_t, W> out;
-            unpack<T, W>(a, row[v]);
-            #pragma unroll
-            for (int i = 0; i < W; i += 4) {
-                float four[4] = {a[i] * inverse, a[i + 1] * inverse, a[i + 2] * inverse, a[i + 3] * inverse};
-                out.word[i / 4] = round4(four);
-            }
-            store_packed<uint8_t, W>(q + base + k, out);
-        }
+        if (k < K) store_rounded<T, W>(q + base + k, row[v], factor);
     }
 }
 
@@ -292,12 +259,6 @@ __global__ void __launch_bounds__(32 * COUNT_WARPS) fp8_count_kernel(struct fp8_
 
 /* ---- launchers ---- */
 
-static void require(const struct fp8 *x, int64_t K)
-{
-    CUDA_REQUIRE(K % CUDA_FP8_MULTIPLE == 0, "fp8: the width of a matrix is not a multiple of 16");
-    CUDA_REQUIRE(aligned16(x->q) && aligned16(x->scale), "fp8: a matrix is not aligned to 16 bytes");
-}
-
 template <typename T, int VPT>
 static void launch_quantize(struct backend *be, const struct fp8 *y, const act *x, int64_t R, int64_t K)
 {
@@ -308,7 +269,7 @@ static void launch_quantize(struct backend *be, const struct fp8 *y, const act *
 extern "C" void cuda_quantize(struct backend *be, const struct fp8 *y, const act *x, int64_t R, int64_t K)
 {
     if (!R) return;
-    require(y, K);
+    require_fp8(y, K);
     CUDA_REQUIRE(aligned16(x), "quantize: the input is not aligned to 16 bytes");
     DISPATCH(be->act_dtype, T,
         int64_t vectors = K / vector_width<T>();
@@ -332,7 +293,7 @@ extern "C" void cuda_quantize_weight(struct backend *be, const struct fp8 *w8, c
 {
     enum { ROWS = 16 * COLUMN_WARPS };
     cudaStream_t stream = cuda_state_of(be)->stream;
-    require(t8, O);
+    require_fp8(t8, O);
     cuda_quantize(be, w8, w, O, C);
     uint32_t *most = (uint32_t *)cuda_scratch(be, (size_t)C * sizeof *most);
     CUDA_CHECK(cudaMemsetAsync(most, 0, (size_t)C * sizeof *most, stream));
@@ -361,7 +322,7 @@ extern "C" void cuda_fp8_column_sums(struct backend *be, grad *dbias, const stru
 extern "C" void cuda_fp8_count(struct backend *be, struct fp8_census *sum, const struct fp8 *x, int64_t R, int64_t K)
 {
     if (!R) return;
-    require(x, K);
+    require_fp8(x, K);
     int64_t blocks = least(div_up(R, COUNT_WARPS), 8 * (int64_t)cuda_state_of(be)->sms);
     fp8_count_kernel<<<(unsigned)blocks, 32 * COUNT_WARPS, 0, cuda_state_of(be)->stream>>>(sum, x->q, x->scale, R, K);
     CUDA_CHECK(cudaGetLastError());

@@ -1,17 +1,19 @@
 /* RMSNorm with the residual join (the maths is in cpu/rmsnorm.c). Memory-bound: every tensor is read once and written once.
  *
  * Forward: a block per row, the row in registers between the sum of squares and the scaling. s is rounded to the storage type
- * before anything is computed from it, so that a recomputation from the stored s gives the same bits.
+ * before anything is computed from it, so that a recomputation from the stored s gives the same bits. In fp8 y takes s's place in the registers until its largest magnitude is
+ * known: x, r -> s and a byte each, (3 e + 1) C bytes a row, e + 1 without r and s; y itself, 2 e C bytes written and read again by quantize, never exists.
  * Backward: persistent blocks walk over rows with the next rows' loads in flight; every thread owns columns and keeps their part
  * of dw in registers, written once per block to scratch and added up in block order. Where registers hold one row ahead, too little is
  * in flight to fill the memory system, so rows of 16-byte vectors come through a ring in shared memory, asynchronously; each thread
  * reads what it asked for itself, so the ring needs no barrier. */
-#include "kernels/cuda/common.cuh"
+#include "kernels/cuda/fp8.cuh"
 
 enum { FORWARD_THREADS = 1024, BACKWARD_THREADS = 512 };   /* 64 and 128 registers */
 
-template <typename T, int W, int VPT>
-__global__ void __launch_bounds__(FORWARD_THREADS) rmsnorm_forward_kernel(T *y, float *rstd, T *sum, const T *x, const T *r, const T *__restrict__ w, int C, float eps)
+/* ROUND: y goes to y8 alone */
+template <typename T, int W, int VPT, bool ROUND>
+__global__ void __launch_bounds__(FORWARD_THREADS) rmsnorm_forward_kernel(T *y, struct fp8 y8, float *rstd, T *sum, const T *x, const T *r, const T *__restrict__ w, int C, float eps)
 {
     int64_t base = (int64_t)blockIdx.x * C;
     packed<T, W> s[VPT];
@@ -53,6 +55,7 @@ __global__ void __launch_bounds__(FORWARD_THREADS) rmsnorm_forward_kernel(T *y, 
         }
     }
     float scale = 1.0f / sqrtf(block_sum(squares) / (float)C + eps);
+    uint32_t most = 0;
     if (threadIdx.x == 0) rstd[blockIdx.x] = scale;
     #pragma unroll
     for (int v = 0; v < VPT; v++) {
@@ -63,7 +66,18 @@ __global__ void __launch_bounds__(FORWARD_THREADS) rmsnorm_forward_kernel(T *y, 
             load<T, W>(weight, w + c);
             #pragma unroll
             for (int i = 0; i < W; i++) a[i] = weight[i] * (a[i] * scale);
-            store<T, W>(y + base + c, a);
+            if constexpr (ROUND) {
+                s[v] = pack<T, W>(a);
+                most = max(most, largest_of<T, W>(s[v]));
+            } else store<T, W>(y + base + c, a);
+        }
+    }
+    if constexpr (ROUND) {
+        float factor = factor_of_row(y8.scale + blockIdx.x, most);
+        #pragma unroll
+        for (int v = 0; v < VPT; v++) {
+            int c = (threadIdx.x + v * blockDim.x) * W;
+            if (c < C) store_rounded<T, W>(y8.q + base + c, s[v], factor);
         }
     }
 }
@@ -196,10 +210,14 @@ size_t cuda_rmsnorm_scratch(struct backend *be, const struct op_limits *l)
     return (size_t)cuda_state_of(be)->sms * (size_t)(4 * l->C < 8192 ? 8192 : 4 * l->C) * sizeof(float);
 }
 
-template <typename T, int W, int VPT>
-static void launch_forward(struct backend *be, act *y, float *rstd, act *sum, const act *x, const act *r, const act *w, int64_t N, int64_t C, float eps)
+/* where y goes: y8 NULL: to y */
+struct norm_output { act *y; const struct fp8 *y8; };
+
+template <typename T, int W, int VPT, bool ROUND>
+static void launch_forward(struct backend *be, struct norm_output out, float *rstd, act *sum, const act *x, const act *r, const act *w, int64_t N, int64_t C, float eps)
 {
-    rmsnorm_forward_kernel<T, W, VPT><<<(unsigned)N, threads_for(div_up(C, W), VPT), 0, cuda_state_of(be)->stream>>>((T *)y, rstd, (T *)sum, (const T *)x, (const T *)r, (const T *)w, (int)C, eps);
+    rmsnorm_forward_kernel<T, W, VPT, ROUND><<<(unsigned)N, threads_for(div_up(C, W), VPT), 0, cuda_state_of(be)->stream>>>(
+        (T *)out.y, out.y8 ? *out.y8 : (struct fp8){NULL, NULL}, rstd, (T *)sum, (const T *)x, (const T *)r, (const T *)w, (int)C, eps);
 }
 
 template <typename T, int W, int VPT>
@@ -219,14 +237,14 @@ static void launch_backward(struct backend *be, act *dx, grad *dw, const act *dr
 }
 
 /* Vectors per thread: as few as leave a block's threads enough registers. */
-template <typename T, int W>
-static void forward(struct backend *be, act *y, float *rstd, act *sum, const act *x, const act *r, const act *w, int64_t N, int64_t C, float eps)
+template <typename T, int W, bool ROUND>
+static void forward(struct backend *be, struct norm_output out, float *rstd, act *sum, const act *x, const act *r, const act *w, int64_t N, int64_t C, float eps)
 {
     int64_t vectors = div_up(C, W);
     CUDA_REQUIRE(vectors <= 4 * FORWARD_THREADS, "rmsnorm: rows this wide are not implemented");
-    if (vectors <= 256) launch_forward<T, W, 1>(be, y, rstd, sum, x, r, w, N, C, eps);
-    else if (vectors <= 1024) launch_forward<T, W, 2>(be, y, rstd, sum, x, r, w, N, C, eps);
-    else launch_forward<T, W, 4>(be, y, rstd, sum, x, r, w, N, C, eps);
+    if (vectors <= 256) launch_forward<T, W, 1, ROUND>(be, out, rstd, sum, x, r, w, N, C, eps);
+    else if (vectors <= 1024) launch_forward<T, W, 2, ROUND>(be, out, rstd, sum, x, r, w, N, C, eps);
+    else launch_forward<T, W, 4, ROUND>(be, out, rstd, sum, x, r, w, N, C, eps);
     CUDA_CHECK(cudaGetLastError());
 }
 
@@ -246,8 +264,16 @@ extern "C" void cuda_rmsnorm_forward(struct backend *be, act *y, float *rstd, ac
     if (!N) return;
     bool wide = aligned16(y) && aligned16(x) && aligned16(w) && aligned16(r) && aligned16(sum);      /* NULL is aligned */
     DISPATCH(be->act_dtype, T,
-        if (wide && C % vector_width<T>() == 0) forward<T, vector_width<T>()>(be, y, rstd, sum, x, r, w, N, C, eps);
-        else forward<T, 1>(be, y, rstd, sum, x, r, w, N, C, eps));
+        if (wide && C % vector_width<T>() == 0) forward<T, vector_width<T>(), false>(be, norm_output{y, NULL}, rstd, sum, x, r, w, N, C, eps);
+        else forward<T, 1, false>(be, norm_output{y, NULL}, rstd, sum, x, r, w, N, C, eps));
+}
+
+extern "C" void cuda_rmsnorm_forward_fp8(struct backend *be, const struct fp8 *y8, float *rstd, act *sum, const act *x, const act *r, const act *w, int64_t N, int64_t C, float eps)
+{
+    if (!N) return;
+    require_fp8(y8, C);
+    CUDA_REQUIRE(aligned16(x) && aligned16(w) && aligned16(r) && aligned16(sum), "rmsnorm: an input is not aligned to 16 bytes");
+    DISPATCH(be->act_dtype, T, forward<T, vector_width<T>(), true>(be, norm_output{NULL, y8}, rstd, sum, x, r, w, N, C, eps));
 }
 
 extern "C" void cuda_rmsnorm_backward(struct backend *be, act *dx, grad *dw, const act *dres, const act *dy, const act *x, const act *w, const float *rstd, int64_t N, int64_t C)

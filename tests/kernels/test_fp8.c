@@ -1,4 +1,4 @@
-/* fp8: rounding of rows, weights in both layouts, products of what was rounded, and the census.
+/* fp8: rounding of rows, alone and in the ops that write them, weights in both layouts, products of what was rounded, and the census.
  * The definition has its own list of e4m3's numbers, made from sign, exponent and mantissa, and rounds by searching it; products are the double triple loop over the numbers that the
  * bytes and scales stand for. Bytes, scales and counts of a device are the CPU's to the bit; products are sums of the same terms in another order. */
 #include "tests/kernels/ops.h"
@@ -471,6 +471,142 @@ Test(cpu, not_finite)
     rig_close(&r);
 }
 
+/* ---- ops that write what they make rounded: to the bit what the op and quantize() make one after the other, on any device, and as close to the op's definition as two roundings leave it ---- */
+
+struct fused_case { int64_t N, K; bool residual; };         /* K: the norm's width, and swiglu's F */
+static const struct fused_case fused_cases[] = {{1, 16, false}, {19, 48, true}, {27, 272, true}, {13, 1040, false}, {11, 2064, true}, {11, 4112, true}, {5, 8208, true}, {11, 18944, false}, {3, 29568, true}};
+static const struct fused_case ragged_fused[] = {{1, 1, true}, {35, 7, false}, {41, 33, true}, {27, 257, true}};
+
+static const char *fused_name(const struct fused_case *c) { return text("N %ld K %ld%s", (long)c->N, (long)c->K, c->residual ? " residual" : ""); }
+
+enum { FUSED_KINDS = 9, FUSED_PLAIN = 4 };                  /* rows of the first kinds are compared with the definition too */
+static float *fused_input(struct rig *r, int64_t N, int64_t K, uint64_t seed)
+{
+    float *x = acts(r, N * K, 1, seed);
+    for (int64_t i = 0; i < N * K; i++) {
+        int64_t n = i / K, k = i % K;
+        switch (n % FUSED_KINDS) {
+            case 1: x[i] = ldexpf(x[i], (int)(n * 7 % 30) - 20); break;
+            case 2: x[i] = k % 2 ? -0.0f : 0; break;
+            case 3: x[i] = k == K / 2 ? 400 : 0.1f * x[i]; break;       /* an outlier */
+            case 4: x[i] = ldexpf(x[i], 120); break;                      /* squares and products overflow */
+            case 5: x[i] = ldexpf(x[i], -110); break;                     /* at the least scale and below */
+            case 6: x[i] = k == K - 1 ? NAN : x[i]; break;
+            case 7: x[i] = k ? x[i] : INFINITY; break;
+            case 8: x[i] = k % 2 ? -INFINITY : -NAN; break;
+            default: break;
+        }
+        x[i] = rounded(r, x[i]);
+    }
+    return x;
+}
+
+static void same_bytes(struct rig *r, const void *got, const void *want, int64_t bytes, const char *what, const char *name)
+{
+    char *a = (char *)floats(r, bytes / 4 + 1), *b = (char *)floats(r, bytes / 4 + 1);
+    r->op->download(r->be, a, got, (size_t)bytes);
+    r->op->download(r->be, b, want, (size_t)bytes);
+    for (int64_t i = 0; i < bytes; i++) cr_assert(a[i] == b[i], "%s: byte %ld of %s is %02x, not %02x", what, (long)i, name, a[i] & 0xff, b[i] & 0xff);
+}
+
+/* got is quantize() of x, and on plain rows within half a unit of `want`, whose own error is `rel` of it and `slack`. */
+static void rounded_as(struct rig *r, const struct fp8 *got, const act *x, int64_t R, int64_t K, const double *want, const double *slack, const char *what, const char *name)
+{
+    double rel = r->be->act_dtype == DTYPE_F32 ? 0x1p-17 : 0x1.02p-8;
+    struct fp8 twice = new_fp8(r, R, K);
+    r->op->quantize(r->be, &twice, x, R, K);
+    same_bytes(r, got->scale, twice.scale, R * (int64_t)sizeof(float), what, text("%s's scales", name));
+    same_bytes(r, got->q, twice.q, R * K, what, name);
+    struct host_fp8 h = download_fp8(r, got, R, K);
+    for (int64_t n = 0; n < R; n++) {
+        double most = 0, scale = h.scale[n];
+        int kind = (int)(n % FUSED_KINDS);
+        if (kind >= 6) cr_assert(!isfinite(scale) && h.q[n * K] == 0x7f && h.q[n * K + K - 1] == 0x7f, "%s: row %ld of %s hides what is not finite", what, (long)n, name);
+        if (kind >= FUSED_PLAIN) continue;
+        for (int64_t k = n * K; k < (n + 1) * K; k++) {
+            int code = h.q[k] & 0x7f, e;
+            double unit = code < 16 ? 0x1p-9 : ldexp(1, (frexp(magnitude(code), &e), e) - 4), off = fabs(number(h.q[k]) * scale - want[k]);
+            cr_assert(off <= unit / 2 * scale + rel * fabs(want[k]) + slack[k], "%s: %s (%ld, %ld) is %g, not %g", what, name, (long)n, (long)(k % K), number(h.q[k]) * scale, want[k]);
+            most = fmax(most, fabs(want[k]));
+        }
+        cr_assert(scale >= scale_of(most * (1 - 2 * rel)) && scale <= scale_of(most * (1 + 2 * rel)), "%s: %s: scale[%ld] is %g for %g", what, name, (long)n, scale, most);
+    }
+}
+
+static void fused_norm(struct rig *r, const struct fused_case *c)
+{
+    int64_t N = c->N, C = c->K, n = N * C, bytes = n * (int64_t)dtype_width(r->be->act_dtype);
+    float *x = fused_input(r, N, C, 51), *other = c->residual ? fused_input(r, N, C, 52) : NULL, *weights = acts(r, C, 1, 53), eps = 1e-6f;
+    act *w = upload_act(r, weights, C), *y = poison_act(r, n), *sum = poison_act(r, n);
+    float *rstd = poison_float(r, N);
+    rig_scratch(r, limits_of(N, C, C));
+    r->op->rmsnorm_forward(r->be, y, rstd, sum, upload_act(r, x, n), upload_act(r, other, n), w, N, C, eps);
+
+    double *want = xcalloc((size_t)n, sizeof *want), *slack = xcalloc((size_t)n, sizeof *slack);
+    for (int64_t i = 0; i < N; i++) {
+        double squares = 0;
+        for (int64_t k = i * C; k < (i + 1) * C; k++) squares += pow(want[k] = rounded(r, x[k] + (other ? other[k] : 0)), 2);
+        for (int64_t k = i * C; k < (i + 1) * C; k++) want[k] *= weights[k % C] / sqrt(squares / (double)C + (double)eps);
+    }
+    for (int place = 0; place < 4; place++) {               /* where s goes: nowhere, a buffer of its own, over x, over r */
+        if (place == 3 && !other) continue;
+        static const char *const places[] = {"y", "y, s stored", "y, s over x", "y, s over r"};
+        struct fp8 y8 = new_fp8(r, N, C);
+        act *from = upload_act(r, x, n), *add = upload_act(r, other, n), *to = place == 0 ? NULL : place == 1 ? poison_act(r, n) : place == 2 ? from : add;
+        float *scale = poison_float(r, N);
+        r->op->rmsnorm_forward_fp8(r->be, &y8, scale, to, from, add, w, N, C, eps);
+        rounded_as(r, &y8, y, N, C, want, slack, fused_name(c), places[place]);
+        same_bytes(r, scale, rstd, N * (int64_t)sizeof(float), fused_name(c), "rstd");
+        if (to) same_bytes(r, to, sum, bytes, fused_name(c), "s");
+    }
+    free(want); free(slack);
+    rig_reset(r, fused_name(c));
+}
+
+static void fused_swiglu(struct rig *r, const struct fused_case *c)
+{
+    int64_t N = c->N, F = c->K, n = N * F, bytes = 2 * n * (int64_t)dtype_width(r->be->act_dtype);
+    float *x = fused_input(r, N, 2 * F, 54), *dh = fused_input(r, N, F, 55);
+    act *gate_up = upload_act(r, x, 2 * n), *again = upload_act(r, x, 2 * n), *upstream = upload_act(r, dh, n), *h = poison_act(r, n), *d = poison_act(r, 2 * n);
+    struct fp8 h8 = new_fp8(r, N, F), d8 = new_fp8(r, N, 2 * F);
+    rig_scratch(r, limits_of(N, F, F));
+    r->op->swiglu_forward(r->be, h, again, N, F);
+    r->op->swiglu_backward(r->be, d, upstream, again, N, F);
+    r->op->swiglu_forward_fp8(r->be, &h8, gate_up, N, F);
+    r->op->swiglu_backward_fp8(r->be, &d8, upstream, gate_up, N, F);
+    same_bytes(r, gate_up, again, bytes, fused_name(c), "gate_up");
+
+    double *want = xcalloc((size_t)n, sizeof *want), *slack = xcalloc((size_t)(2 * n), sizeof *slack), *gradient = xcalloc((size_t)(2 * n), sizeof *gradient);
+    for (int64_t i = 0; i < n; i++) {
+        int64_t at = i / F * 2 * F + i % F;
+        double g = x[at], u = x[at + F], s = 1 / (1 + exp(-g));
+        want[i] = g * s * u;
+        gradient[at] = dh[i] * u * s * (1 + g * (1 - s));
+        gradient[at + F] = dh[i] * g * s;
+        slack[at] = 0x1p-19 * fabs(dh[i] * u * s) * (1 + fabs(g));       /* 1 + g (1 - s) may cancel */
+    }
+    rounded_as(r, &d8, d, N, 2 * F, gradient, slack, fused_name(c), "d_gate_up");
+    memset(slack, 0, (size_t)n * sizeof *slack);
+    rounded_as(r, &h8, h, N, F, want, slack, fused_name(c), "h");
+    free(want); free(slack); free(gradient);
+    rig_reset(r, fused_name(c));
+}
+
+static void fused(struct rig *r, const struct fused_case *c)
+{
+    fused_norm(r, c);
+    fused_swiglu(r, c);
+}
+
+Test(cpu, fused)
+{
+    struct rig r;
+    rig_open_cpu(&r);
+    for (size_t i = 0; i < COUNT(fused_cases); i++) fused(&r, &fused_cases[i]);
+    for (size_t i = 0; i < COUNT(ragged_fused); i++) fused(&r, &ragged_fused[i]);
+    rig_close(&r);
+}
+
 /* ---- the device ---- */
 
 static void compare(const char *precision)
@@ -484,6 +620,18 @@ static void compare(const char *precision)
 
 Test(gpu, fp32) { compare("fp32"); }
 Test(gpu, bf16) { compare("bf16"); }
+
+static void fused_on(const char *precision)
+{
+    struct rig r;
+    if (!rig_open_gpu(&r, "fp8, ops that round", precision)) cr_skip_test("no device");
+    r.round_inputs = r.be->act_dtype == DTYPE_BF16;
+    for (size_t i = 0; i < COUNT(fused_cases); i++) if (2 * fused_cases[i].K <= r.be->fp8_widest) fused(&r, &fused_cases[i]);
+    rig_close(&r);
+}
+
+Test(gpu, fused_fp32) { fused_on("fp32"); }
+Test(gpu, fused_bf16) { fused_on("bf16"); }
 
 Test(gpu, not_finite)
 {
