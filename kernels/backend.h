@@ -216,7 +216,7 @@ struct ops {
     /* ---- the same products of matrices in fp8: multiplied as they are. Only where be->fp8 ----
      * Summed in fp32; y and dx on CUDA in the matrix units, which keep fewer bits.
      * A row of x gets e4m3_scale() of its largest magnitude, so nothing saturates; a row with NaN or infinity becomes NaN, its scale is not finite, and so is everything made of it.
-     * The same bits on every device. Widths are multiples of be->fp8_multiple; where that is not 1, q and scale are aligned to 16 bytes. */
+     * The same bits on every device. Widths are multiples of be->fp8_multiple; where that is not 1, q is aligned to 16 bytes, and so are the scales of what is multiplied. */
     void (*quantize)(struct backend *be, const struct fp8 *y, const act *x, int64_t R, int64_t K);
     /* w8 (O,C) as quantize(); t8 (C,O), with scales of its own, holds the same numbers transposed, but for what is subnormal at the scale of its new row */
     void (*quantize_weight)(struct backend *be, const struct fp8 *w8, const struct fp8 *t8, const act *w, int64_t O, int64_t C);

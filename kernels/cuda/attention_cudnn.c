@@ -23,7 +23,7 @@ enum uid { Q = 1, K, V, O, STATS, D_O, DQ, DK, DV, ROW_SUM, DQ_ACC, DK_FULL, DV_
 
 typedef cudnnBackendDescriptor_t descriptor;
 
-struct plan_key { int64_t backward, slots, longest, Hq, Hkv, D, windowed; };
+struct plan_key { int64_t backward, slots, longest, Hq, Hkv, D, windowed, too_far; };
 
 struct attention_plan {
     struct plan_key key;
@@ -335,7 +335,8 @@ static struct attention_plan *plan_for(struct backend *be, const struct attentio
 {
     struct cuda_state *st = cuda_state_of(be);
     if (a->D % 16 || a->D > 256) return NULL;                   /* packed backward is wrong at other multiples of 8; 256 is Hopper's limit */
-    struct plan_key key = {backward, power_of_two(a->n_docs, 1), power_of_two(a->max_doc, 64), a->Hq, a->Hkv, a->D, a->window > 0};
+    bool too_far = a->N * a->Hq * a->D > INT32_MAX;             /* documents begin at offsets of 32 bits */
+    struct plan_key key = {backward, power_of_two(a->n_docs, 1), power_of_two(a->max_doc, 64), a->Hq, a->Hkv, a->D, a->window > 0, too_far};
     for (int i = 0; i < st->n_attentions; i++) {
         struct attention_plan *p = &st->attentions[i];
         if (!memcmp(&p->key, &key, sizeof key)) return p->plan ? p : NULL;
@@ -343,6 +344,11 @@ static struct attention_plan *plan_for(struct backend *be, const struct attentio
     st->attentions = xrealloc(st->attentions, (size_t)(st->n_attentions + 1) * sizeof *st->attentions);
     struct attention_plan *p = &st->attentions[st->n_attentions++];
     *p = (struct attention_plan){.key = key};
+    if (too_far) {
+        warn("%lld positions of %lld query heads of width %lld in one pass are more numbers than cuDNN's packed attention counts to (2^31 - 1): plain attention, which is slow, is used instead; put fewer rows into a pass",
+             (long long)a->N, (long long)a->Hq, (long long)a->D);
+        return NULL;
+    }
     struct graph g = {.p = p, .next_virtual = FIRST_VIRTUAL, .b = key.slots, .s = key.longest, .status = CUDNN_STATUS_SUCCESS};
     g.length = per_document(&g, LENGTH, g.b);
     (backward ? build_backward : build_forward)(&g, a->Hq, a->Hkv, a->D, a->window > 0);

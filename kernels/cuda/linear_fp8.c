@@ -20,15 +20,18 @@ size_t cuda_fp8_scratch(struct backend *be, const struct op_limits *l)
     return most > sums ? most : sums;
 }
 
-static void require(int64_t C, int64_t O)
+static bool aligned(const struct fp8 *a) { return (((uintptr_t)a->q | (uintptr_t)a->scale) & 15) == 0; }
+
+static void require(const struct fp8 *a, const struct fp8 *b, int64_t C, int64_t O)
 {
     CUDA_REQUIRE(C % CUDA_FP8_MULTIPLE == 0 && O % CUDA_FP8_MULTIPLE == 0, "fp8: a layer's width is not a multiple of 16");
+    CUDA_REQUIRE(aligned(a) && aligned(b), "fp8: a factor or its scales are not aligned to 16 bytes");
 }
 
 void cuda_linear_forward_fp8(struct backend *be, act *y, const struct fp8 *x, const struct fp8 *w, const act *bias, int64_t N, int64_t C, int64_t O)
 {
     if (!N) return;
-    require(C, O);
+    require(x, w, C, O);
     struct product_args p = {.d = y, .d_type = be->act_dtype, .a = w->q, .b = x->q, .m = O, .n = N, .k = C, .transpose_a = 1, .kind = PRODUCT_FP8_ROWS, .scale_a = w->scale, .scale_b = x->scale};
     if (bias && be->act_dtype == DTYPE_BF16) {              /* the epilogue of these products knows no bias in fp32 */
         p.bias = bias;
@@ -42,7 +45,7 @@ void cuda_linear_forward_fp8(struct backend *be, act *y, const struct fp8 *x, co
 void cuda_linear_backward_weight_fp8(struct backend *be, grad *dw, grad *dbias, const struct fp8 *dy, const struct fp8 *x, int64_t N, int64_t C, int64_t O)
 {
     if (!N) return;
-    require(C, O);
+    require(dy, x, C, O);
     int64_t padded = padded_rows(N);
     uint8_t *x_t = (uint8_t *)cuda_scratch(be, backward_scratch(N, C + O)) + CUDA_PRODUCT_WORKSPACE, *dy_t = x_t + cuda_round_up((size_t)(C * padded));
     float *one = (float *)(void *)(dy_t + cuda_round_up((size_t)(O * padded)));

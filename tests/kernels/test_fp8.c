@@ -137,10 +137,16 @@ static void run_rows(struct rig *r, const void *c_, struct outputs *out)
     struct fp8 y = new_fp8(r, c->R, c->K);
     struct fp8_census *sum = poison(r, sizeof *sum);
     r->op->fill_zero(r->be, sum, sizeof *sum);
-    r->op->quantize(r->be, &y, upload_act(r, rows_input(r, c), c->R * c->K), c->R, c->K);
+    act *x = upload_act(r, rows_input(r, c), c->R * c->K);
+    r->op->quantize(r->be, &y, x, c->R, c->K);
     for (int i = 0; i < 2; i++) r->op->fp8_count(r->be, sum, &y, c->R, c->K);     /* adds up */
     take_fp8(out, r, "y", &y, c->R, c->K);
     take_census(out, r, sum);
+    /* one row, then the others: a matrix may be made some rows at a time, and a row's scale begins anywhere */
+    struct fp8 z = new_fp8(r, c->R, c->K), rest = {z.q + c->K, z.scale + 1};
+    r->op->quantize(r->be, &z, x, 1, c->K);
+    r->op->quantize(r->be, &rest, (act *)((char *)x + (size_t)c->K * dtype_width(r->be->act_dtype)), c->R - 1, c->K);
+    take_fp8(out, r, "y in parts", &z, c->R, c->K);
 }
 
 static void rows_against_definition(struct rig *r, const struct rows_case *c)

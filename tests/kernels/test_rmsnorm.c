@@ -14,6 +14,9 @@ static const struct norm_case cases[] = {
     {9, 130, 1, 1e-5f, true, SUM_NONE, DRES_OWN, false}, {7, 65, 1e-3f, 1e-5f, true, SUM_OWN, DRES_DX, false},   /* eps weighs in */
     {3, 48, 1e4f, 1e-6f, true, SUM_OWN, DRES_OWN, true}, {3, 33, 0, 1e-6f, true, SUM_X, DRES_OWN, false},        /* a row of zeros */
     {67, 129, 1, 1e-6f, true, SUM_X, DRES_OWN, true},    {33, 896, 2, 1e-6f, true, SUM_X, DRES_DX, false},
+    /* widths at which a thread of a device takes one vector of the row, two, four, eight */
+    {2, 1027, 1, 1e-6f, true, SUM_X, DRES_OWN, false},   {3, 2056, 1, 1e-6f, true, SUM_OWN, DRES_DX, true},      {2, 4104, 1, 1e-6f, true, SUM_X, DRES_OWN, false},
+    {3, 8208, 1, 1e-6f, true, SUM_X, DRES_OWN, true},    {2, 16384, 1, 1e-6f, false, SUM_NONE, DRES_NONE, false},
 };
 
 static const char *name(const void *c_)
