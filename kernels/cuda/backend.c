@@ -12,7 +12,7 @@
 #include "kernels/cuda/cuda.h"
 #include "kernels/cuda/open.h"
 
-enum { STAGING_HALF = 32 << 20, OLDEST_CUDNN = 91002, OLDEST_CUBLASLT_FP8 = 120900 /* scales per row */ };
+enum { STAGING_HALF = 32 << 20, OLDEST_CUDNN = 91300 /* 9.11 and 9.12 are wrong in the backward of some wide heads on Hopper */, OLDEST_CUBLASLT_FP8 = 120900 /* scales per row */ };
 
 void cuda_failed(const char *library, const char *reason, const char *expression, const char *file, int line)
 {
@@ -249,7 +249,7 @@ int cuda_backend_open(struct backend **out, const struct backend_options *o)
         goto out;
     }
     if (cudnnGetVersion() < OLDEST_CUDNN) {
-        rc = fail(ERR_USAGE, "device cuda: cuDNN %zu is too old for packed attention; install 9.11 or newer", cudnnGetVersion());
+        rc = fail(ERR_USAGE, "device cuda: cuDNN %zu is too old for packed attention; install 9.13 or newer", cudnnGetVersion());
         goto out;
     }
     be->fp8 = cublasLtGetVersion() >= OLDEST_CUBLASLT_FP8;
