@@ -28,9 +28,14 @@ struct targets_out { int32_t *head_ids; float *head_logprob, *lse, *tail_logmass
 struct targets_shared {
     unsigned long long list[LIST];      /* (ordered logit, ~id): descending order is the ranking */
     unsigned long long sorted[SORTED];  /* of the list, what the head is taken from */
-    int hit[LIST], hits;                /* batches that hold a logit for the list: first vector, and a bit for each that does */
-    int reach[32], reaching;
-    double partial[THREADS / 32][MAX_T + 2], total[MAX_T + 2], lse[MAX_T + 1];
+    union {
+        int hit[LIST];                  /* batches that hold a logit for the list: first vector, and a bit for each that does */
+        struct { long long head[MAX_T + 1], tail[MAX_T + 1], spread; } units[THREADS / 32];     /* later: a warp's sums over the list */
+    };
+    int hits, reach[32], reaching;
+    double partial[THREADS / 32][MAX_T + 2], total[MAX_T + 2], lse[MAX_T + 1], tail_logmass[MAX_T + 1];
+    double padding_mass;                /* relative to padding_top */
+    float padding_top, label_logit;
     unsigned histogram[256];
     int count, digit, above;
 };
@@ -158,7 +163,18 @@ template <int N> __device__ __forceinline__ void block_totals(targets_shared &s,
 /* Terms of the list, 0 to 1, in units that add up the same in any order; 2^63 of them hold far more than LIST terms */
 constexpr float UNITS = 1099511627776.0f;                                     /* 2^40 */
 __device__ __forceinline__ long long whole_units(float y) { return __float2ll_rn(y * UNITS); }
-__device__ __forceinline__ double sum_of_units(long long mine) { return (double)block_sum(mine) / UNITS; }
+
+/* e^x, relative error 2^-22: the exponent in double, the hardware's exponential for the rest. The library's takes a hundred double-precision instructions, each waiting for the
+ * one before. Beyond e^-693 and e^693 it stays where it is; NaN stays NaN. */
+__device__ __forceinline__ double exp_short(double x)
+{
+    double y = x * 1.4426950408889634, n;
+    y = y < -1000 ? -1000 : y > 1000 ? 1000 : y;
+    n = rint(y);
+    return exp2_fast((float)(y - n)) * __hiloint2double(((int)n + 1023) << 20, 0);
+}
+/* 2^x for what rounding leaves: |x| far below 1 */
+__device__ __forceinline__ double exp2_residue(double x) { double u = x * 0.6931471805599453; return 1 + u * (1 + u * (1 / 2.0 + u * (1 / 6.0))); }
 
 /* A row again from memory. The list gets exactly its K first entries; total[] the sums over everything else relative to `floor`, which
  * becomes the largest of them. */
@@ -241,6 +257,18 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) teacher_targets_kernel(target
             int at = (h * BATCH + b) * THREADS + (int)threadIdx.x;
             held[h][b] = at < vectors ? load_packed<T, W>(row + at * W) : missing;
         }
+    if (out.padding_mass) {                                 /* while those are on their way */
+        float padding_top = -CUDART_INF_F, mass = 0;
+        for (int64_t j = Vv + threadIdx.x; j < V; j += THREADS) padding_top = fmaxf(padding_top, to_float(row[j]));
+        padding_top = block_max(padding_top);
+        if (padding_top > -CUDART_INF_F)
+            for (int64_t j = Vv + threadIdx.x; j < V; j += THREADS) mass += exp2_fast((to_float(row[j]) - padding_top) * LOG2E);
+        double total = block_sum((double)mass);
+        if (threadIdx.x == 0) {
+            s.padding_top = padding_top;
+            s.padding_mass = total;
+        }
+    }
     float most[2] = {largest<T, W, BATCH>(held[0]), largest<T, W, BATCH>(held[1])};
     if (threadIdx.x == 0) s.count = s.hits = 0;
     float reached = kth_of_threads<T>(most[0], most[1], K), floor = reached > -CUDART_INF_F ? reached : 0;
@@ -337,9 +365,9 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) teacher_targets_kernel(target
             double by = (double)floor * shape.c[k] - shift[k];
             if (SQUARES >> k & 1) unit *= 2;
             else { root = by; unit = 1; }
-            if (k == T0_slot) s.total[SLOTS] = unit * (s.total[SLOTS] - root * s.total[k]) / shape.c[k] * exp2(-by);
+            if (k == T0_slot) s.total[SLOTS] = unit * (s.total[SLOTS] - root * s.total[k]) / shape.c[k] * exp2_residue(-by);
         }
-        for (int k = 0; k < SLOTS; k++) s.total[k] *= exp2(shift[k] - (double)floor * shape.c[k]);
+        for (int k = 0; k < SLOTS; k++) s.total[k] *= exp2_residue(shift[k] - (double)floor * shape.c[k]);
     }
     __syncthreads();
     bool again = count > LIST || s.hits > LIST;
@@ -359,41 +387,58 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) teacher_targets_kernel(target
     float next = K > 1 && count > 1 ? ranked_logit(sorted[1]) : second;       /* the largest but one */
     if (next == -CUDART_INF_F) next = top;                                    /* there is none, or it has no mass */
     if (second == -CUDART_INF_F) second = floor;                              /* nothing, or nothing but masked logits, beyond the head */
+    /* The list's terms in fp32 (2^-22), the largest of each sum 1; their sums in whole units, which add up to the same bits in whatever order threads have listed the entries.
+     * Differences of logits are exact or as good. */
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     for (int i = 0; i < shape.slots; i++) {
-        /* The terms in fp32 (2^-22), the largest of each sum 1; their sums in whole units, which add up to the same bits in whatever order threads have listed the entries.
-         * Differences of logits are exact or as good. */
-        double inv_T = shape.inv_T[i], to_top = exp(((double)next - top) * inv_T), spread = 0;
-        long long head_units = 0, tail_units = 0, spread_units = 0;
+        bool with_spread = i == T0_slot && shape.entropy;
+        long long head = 0, tail = 0, spread = 0;
         float c = shape.c[i];
         for (int k = threadIdx.x; k < count; k += THREADS) {
             unsigned long long entry = s.list[k];
             float t = ranked_logit(entry), y = exp2_fast((t - next) * c);
-            if (entry < last) tail_units += whole_units(exp2_fast((t - second) * c));
+            if (entry < last) tail += whole_units(exp2_fast((t - second) * c));
             if (entry == sorted[0]) continue;                                 /* the largest, whose term is 1 */
-            head_units += whole_units(y);
-            if (i == T0_slot && shape.entropy && t > -CUDART_INF_F) spread_units += whole_units(y * ((next - t) * shape.inv_T[i]));
+            head += whole_units(y);
+            if (with_spread && t > -CUDART_INF_F) spread += whole_units(y * ((next - t) * shape.inv_T[i]));
         }
-        double head = sum_of_units(head_units), tail = sum_of_units(tail_units);
-        if (i == T0_slot && shape.entropy) spread = (sum_of_units(spread_units) + head * (((double)top - next) * inv_T)) * to_top;
-        head = top < CUDART_INF_F ? head * to_top : CUDART_NAN;               /* a logit of infinity leaves no distribution */
-        double below = ((double)floor - top) * inv_T, rest = s.total[i];
-        double others = head + rest * exp(below);                              /* beside the largest, whose term is 1 */
-        double lse = top * inv_T + log1p(others);
-        if (threadIdx.x == 0) {
-            s.lse[i] = lse;
-            double mass = tail + rest * exp(((double)floor - second) * inv_T);
-            for (int t = 0; t < shape.nT; t++) {
-                if (shape.slot_of[t] != i) continue;
-                if (out.lse) out.lse[n * shape.nT + t] = (float)lse;
-                if (out.tail_logmass) out.tail_logmass[n * shape.nT + t] = shape.K ? (float)(second * inv_T + log(mass) - lse) : 0;   /* without a head it is all */
-            }
-            /* H = log S + sum e^x (-x) / S, x relative to the largest logit: both parts >= 0 */
-            if (out.entropy && i == T0_slot) {
-                if (rest > 0) spread += exp(below) * (-s.total[SLOTS] * inv_T - rest * below);
-                out.entropy[n] = (float)(log1p(others) + spread / (1 + others));
-            }
-        }
+        head = warp_reduce(head, add_op());
+        tail = warp_reduce(tail, add_op());
+        if (with_spread) spread = warp_reduce(spread, add_op());
+        if (lane) continue;
+        s.units[warp].head[i] = head;
+        s.units[warp].tail[i] = tail;
+        if (with_spread) s.units[warp].spread = spread;
     }
+    __syncthreads();
+    /* A thread a temperature: what follows is one long chain of double precision, in which each instruction waits for the one before. Another fetches the label's logit meanwhile. */
+    if ((int)threadIdx.x < shape.slots) {
+        int i = threadIdx.x;
+        bool with_spread = i == T0_slot && shape.entropy;
+        long long head_units = 0, tail_units = 0, spread_units = 0;
+        for (int w = 0; w < THREADS / 32; w++) {
+            head_units += s.units[w].head[i];
+            tail_units += s.units[w].tail[i];
+            if (with_spread) spread_units += s.units[w].spread;
+        }
+        double inv_T = shape.inv_T[i], rest = s.total[i], below = ((double)floor - top) * inv_T, at_floor = exp_short(below), to_top = exp_short(((double)next - top) * inv_T);
+        double near_top = (double)head_units / UNITS;
+        double others = top < CUDART_INF_F ? near_top * to_top : CUDART_NAN;  /* beside the largest, whose term is 1; a logit of infinity leaves no distribution */
+        double mass = (double)tail_units / UNITS;
+        if (rest != 0) {                                                      /* NaN too */
+            others += rest * at_floor;
+            mass += rest * exp_short(((double)floor - second) * inv_T);
+        }
+        double log_sum = log1p(others), lse = top * inv_T + log_sum;
+        s.lse[i] = lse;
+        s.tail_logmass[i] = shape.K ? second * inv_T + log(mass) - lse : 0;   /* without a head it is all */
+        /* H = log S + sum e^x (-x) / S, x relative to the largest logit: both parts >= 0 */
+        if (out.entropy && i == T0_slot) {
+            double spread = ((double)spread_units / UNITS + near_top * (((double)top - next) * inv_T)) * to_top;
+            if (rest > 0) spread += at_floor * (-s.total[SLOTS] * inv_T - rest * below);
+            out.entropy[n] = (float)(log_sum + spread / (1 + others));
+        }
+    } else if (threadIdx.x == THREADS / 2 && out.label_logprob && labels[n] >= 0) s.label_logit = to_float(row[labels[n]]);
     __syncthreads();
     double inv_T0 = shape.inv_T[shape.slot_of[0]], lse0 = s.lse[shape.slot_of[0]];
     for (int k = threadIdx.x; k < shape.K; k += THREADS) {
@@ -401,18 +446,16 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) teacher_targets_kernel(target
         if (out.head_ids) out.head_ids[n * shape.K + k] = there ? ranked_id(sorted[k]) : 0;
         if (out.head_logprob) out.head_logprob[n * shape.K + k] = there ? (float)(ranked_logit(sorted[k]) * inv_T0 - lse0) : CUDART_NAN_F;
     }
-    if (out.label_logprob && threadIdx.x == 0) out.label_logprob[n] = labels[n] >= 0 ? (float)(to_float(row[labels[n]]) * inv_T0 - lse0) : 0;
+    if ((int)threadIdx.x < shape.nT) {
+        int t = threadIdx.x, i = shape.slot_of[t];
+        if (out.lse) out.lse[n * shape.nT + t] = (float)s.lse[i];
+        if (out.tail_logmass) out.tail_logmass[n * shape.nT + t] = (float)s.tail_logmass[i];
+    }
+    if (threadIdx.x) return;
+    if (out.label_logprob) out.label_logprob[n] = labels[n] >= 0 ? (float)(s.label_logit * inv_T0 - lse0) : 0;
     if (out.padding_mass) {
-        float padding_top = -CUDART_INF_F;
-        for (int64_t j = Vv + threadIdx.x; j < V; j += THREADS) padding_top = fmaxf(padding_top, to_float(row[j]));
-        padding_top = block_max(padding_top);
-        double mass = 0;
-        if (padding_top > -CUDART_INF_F) {
-            float m = 0;
-            for (int64_t j = Vv + threadIdx.x; j < V; j += THREADS) m += exp2_fast((to_float(row[j]) - padding_top) * LOG2E);
-            mass = block_sum((double)m);
-        }
-        if (threadIdx.x == 0) out.padding_mass[n] = mass > 0 ? (float)(1 / (1 + exp(s.lse[shape.unit_slot] - padding_top - log(mass)))) : 0;
+        double ratio = s.padding_mass * exp_short(s.padding_top - s.lse[shape.unit_slot]);
+        out.padding_mass[n] = s.padding_mass > 0 ? (float)(ratio / (1 + ratio)) : 0;
     }
 }
 
