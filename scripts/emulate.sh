@@ -8,7 +8,7 @@
 #   --sms N           multiprocessors of the device (132): with 1, kernels that size their grid by them loop
 #   --noise           approximate instructions are off by up to 2^-22
 #   --trace FILE      a hash of everything copied from the device: different orders must give the same file
-#   --mutate          broken kernels (tests/emulator/mutate.py), each of which has to be caught
+#   --mutate          broken kernels (tests/emulator/mutate.py; with TEST, of these ops), each of which has to be caught
 # OPS_CASES=n in the environment: at most n cases of a test's list. All of them take about ten minutes on one core, most of it distill_loss; the first build takes five.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -23,6 +23,7 @@ while [ $# -gt 0 ]; do
         --noise) export DISTILL_EMULATE_NOISE=1 ;;
         --order | --sms | --trace)
             [ $# -gt 1 ] || usage "$1 needs a value"
+            case $1:$2 in --order:forward | --order:reverse | --order:random:[0-9]* | --sms:[1-9]* | --trace:*) ;; *) usage "$1 does not take $2" ;; esac
             option=${1#--}
             export "DISTILL_EMULATE_${option^^}=$2"
             shift ;;
@@ -34,7 +35,7 @@ while [ $# -gt 0 ]; do
     shift
 done
 [ -z "${DISTILL_EMULATE_TRACE:-}" ] || rm -f "$DISTILL_EMULATE_TRACE"
-if [ ${#tests[@]} -eq 0 ]; then
+if [ ${#tests[@]} -eq 0 ] && [ $mutate = 0 ]; then
     for file in tests/kernels/test_*.c; do
         name=${file#tests/kernels/test_}
         if grep -q '^Test(gpu,' "$file"; then tests+=("${name%.c}"); fi
@@ -46,17 +47,19 @@ for program in g++ python3 meson ninja; do command -v $program >/dev/null || mis
 nvcc=$(command -v nvcc || true)
 cuda=${CUDA_HOME:-${nvcc:+$(dirname "$(dirname "$(readlink -f "$nvcc")")")}}
 [ -n "$cuda" ] || missing "no nvcc on PATH, and CUDA_HOME is not set: NVIDIA's headers are needed (of the CUDA toolkit, cuBLASLt and cuDNN)"
+[ -d "$cuda/include" ] || missing "no $cuda/include"
 for header in cuda_bf16.h cuda_fp8.h cublasLt.h cudnn.h; do
     echo "#include <$header>" | g++ -x c++ -fsyntax-only -isystem "$cuda/include" - 2>/dev/null || missing "no $header in $cuda/include or the compiler's own directories"
 done
 
+# shellcheck source=scripts/setup.sh
 source scripts/setup.sh
 configure_flavour() { configure "build-emulate/$1" -Demulate="$1" -Dbuildtype=debugoptimized -Dtests=true -Dcuda=disabled -Dnvidia_include_dir="$cuda/include"; }
 export ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0:abort_on_error=1:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 OMP_WAIT_POLICY=passive
 if [ $mutate = 1 ]; then
     configure_flavour address
     configure_flavour race
-    exec python3 tests/emulator/mutate.py build-emulate
+    exec python3 tests/emulator/mutate.py build-emulate "${tests[@]}"
 fi
 
 build=build-emulate/$flavour programs=()
@@ -75,7 +78,7 @@ for program in "${programs[@]}"; do
     else
         failed=1
         printf '%-26s %4ss  FAILED, see %s\n' "$name" $((SECONDS - begin)) "$log"
-        grep -aE 'emulator:|ERROR: AddressSanitizer|runtime error:|off by|was overwritten|FAIL|CRASH' "$log" | head -12 | sed 's/^/    /'
+        grep -aE 'emulator:|ERROR: AddressSanitizer|runtime error:|is off by|, not |was overwritten|FAIL|CRASH' "$log" | head -12 | sed 's/^/    /'
     fi
 done
 exit $failed

@@ -71,7 +71,8 @@ int64_t width_of(cudaDataType_t t) { return t == CUDA_R_32F ? 4 : t == CUDA_R_16
 bool is_fp8(cudaDataType_t t) { return t == CUDA_R_8F_E4M3 || t == CUDA_R_8F_E5M2; }
 uint32_t alignment_of(const void *p)
 {
-    return (uint32_t)std::min<uintptr_t>((uintptr_t)p & -(uintptr_t)p ? (uintptr_t)p & -(uintptr_t)p : BEST_ALIGNMENT, BEST_ALIGNMENT);
+    uintptr_t at = (uintptr_t)p | BEST_ALIGNMENT;
+    return (uint32_t)(at & -at); /* its lowest bit */
 }
 int bias_type_of(const description &d, const layout &a, const layout &out)
 {
@@ -284,7 +285,7 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDe
         memset(&result, 0, sizeof result);
         result.algo.data[0] = problems.size();
         result.algo.data[1] = (uint64_t)*count;
-        result.workspaceSize = *count == TOO_GREEDY ? p.workspace + 1 : WORKSPACE_BYTES;
+        result.workspaceSize = *count == TOO_GREEDY ? p.workspace + 1 : (size_t)WORKSPACE_BYTES;
         result.state = CUBLAS_STATUS_SUCCESS;
     }
     return CUBLAS_STATUS_SUCCESS;
