@@ -36,7 +36,8 @@ static struct thread {
 static std::string described(const thread &t)
 {
     char text[300];
-    snprintf(text, sizeof text, "%s:%d (mask %08x)", t.at.file, t.at.line, t.mask);
+    if (t.mask) snprintf(text, sizeof text, "%s:%d (mask %08x)", t.at.file, t.at.line, t.mask);
+    else snprintf(text, sizeof text, "%s:%d", t.at.file, t.at.line); /* a barrier */
     return text;
 }
 static bool same_place(const thread &a, const thread &b)
