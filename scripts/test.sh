@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets everything up and runs all tests: the optimised build, the CPU tests again under the address and undefined-behaviour sanitizers, and a short
 # run of every fuzz target. Ends with a line "N passed, N failed, N skipped".
-# Options: --fast (no sanitizers, no fuzzing), --long (the long versions: an hour of fuzzing per reader, a thousand kills).
+# Options: --fast (no sanitizers, no fuzzing), --long (the long versions: an hour of fuzzing per reader, a thousand kills; and the CUDA kernels on the CPU).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh
@@ -66,6 +66,13 @@ if [ $fast = 0 ]; then
     echo "== fuzz targets"
     seconds=$([ $long = 1 ] && echo 3600 || echo 10)
     if scripts/fuzz.sh "$seconds"; then passed=$((passed + 1)); else fail_one "a fuzz target"; fi
+fi
+
+if [ $long = 1 ]; then
+    echo "== CUDA kernels on the CPU"
+    status=0
+    scripts/emulate.sh || status=$?
+    case $status in 0) passed=$((passed + 1)) ;; 77) skipped=$((skipped + 1)) ;; *) fail_one "scripts/emulate.sh" ;; esac
 fi
 
 [ $failed -eq 0 ] || printf '== FAILED: %s\n' "${failures[@]}"
