@@ -130,6 +130,7 @@ inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 inline long long __float2ll_rn(float x) { return isnan(x) ? INT64_MIN : x >= 0x1p63f ? INT64_MAX : x < -0x1p63f ? INT64_MIN : llrintf(x); }
+inline double __hiloint2double(int high, int low) { return from_bits<double>((uint64_t)(uint32_t)high << 32 | (uint32_t)low); }
 /* a divisor beyond 2^126 gives 0, an infinity by it NaN */
 inline float __fdividef(float a, float b)
 {
