@@ -58,13 +58,13 @@ fi
 
 if [ $fast = 0 ]; then
     echo "== address and undefined-behaviour sanitizers"
-    configure build-sanitize -Dtests=true -Dcuda=disabled -Dbuildtype=debugoptimized -Db_sanitize=address,undefined -Db_lundef=false
+    configure build-sanitize -Dtests=true -Dcuda=disabled -Dbuildtype=debugoptimized -Db_sanitize=address,undefined -Db_lundef=false -Dc_args=-g1
     build build-sanitize
     ASAN_OPTIONS=detect_leaks=1:allocator_may_return_null=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
         LSAN_OPTIONS=suppressions=$PWD/tests/leaks.txt run_suite build-sanitize --no-suite slow
 
     echo "== fuzz targets"
-    seconds=$([ $long = 1 ] && echo 3600 || echo 10)
+    seconds=$([ $long = 1 ] && echo 3600 || echo 5)
     if scripts/fuzz.sh "$seconds"; then passed=$((passed + 1)); else fail_one "a fuzz target"; fi
 fi
 
