@@ -9,7 +9,8 @@
 #   --noise           approximate instructions are off by up to 2^-22
 #   --trace FILE      a hash of everything copied from the device: different orders must give the same file
 #   --mutate          broken kernels (tests/emulator/mutate.py; with TEST, of these ops), each of which has to be caught
-# OPS_CASES=n in the environment: at most n cases of a test's list. All of them take about ten minutes on one core, most of it distill_loss; the first build takes five.
+# OPS_CASES=n in the environment: at most n cases of a test's list. The first build takes four to five minutes of one core; distill_loss and attention
+# take longest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 usage() { echo "emulate.sh: $1" >&2; exit 2; }

@@ -5,7 +5,7 @@
 #   scripts/fp8_run.sh [DISTILL [SETTING...]]     SETTING as in distill's --set; e.g. train.steps=300 run.seed=2
 #
 # Needs quickstart/text, quickstart/tokenizer and what scripts/gpu_run.sh leaves: quickstart/gpu-teacher and quickstart/gpu-logits (made here where they are missing).
-# Half a minute a run on one H200. Run again it goes on where it stopped; everything is in quickstart/fp8-run, rm -r it to start over. Exit code 1: more than 0.5 % apart.
+# Run again it goes on where it stopped; everything is in quickstart/fp8-run, rm -r it to start over. Exit code 1: more than 0.5 % apart.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 distill=${1:-build/train/distill}

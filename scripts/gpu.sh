@@ -71,8 +71,8 @@ for folder in $golden; do
         case=${case%/reference.json}
         for precision in fp32 bf16; do
             run "check ${case##*/} $precision" "$program" check "$case" --device cuda --precision "$precision"
-            # a GPU multiplies in fp8 only widths that are multiples of 16, which some of these small models have not
-            "$program" check "$case" --device cuda --precision "$precision" --matmul fp8 2>&1 >/dev/null | grep -q 'only widths that are multiples of' ||
+            # a GPU multiplies in fp8 only widths that are multiples of 16, which some of these small models have not; and until its tests have passed on one, the program refuses fp8 there
+            "$program" check "$case" --device cuda --precision "$precision" --matmul fp8 2>&1 >/dev/null | grep -qE 'only widths that are multiples of|have not passed their tests on a GPU' ||
                 run "check ${case##*/} $precision fp8" "$program" check "$case" --device cuda --precision "$precision" --matmul fp8
         done
     done

@@ -2,7 +2,7 @@
  *
  * In the activations' type: one vector of columns per thread.
  * Rounded to fp8, where the first byte needs the largest magnitude of the whole row: a block per row, and the row, packed as it would have been written, waits for it in shared memory.
- * Of the backward's rows at F = 18944 (76 KB) a multiprocessor has room for two there, of which one loads while the other is written; in registers, beside the loads in flight, for one.
+ * Of the backward's rows at F = 18944 (76 KB) a multiprocessor has room for two there, of which one loads while the other is written; in registers, beside the loads in flight, for one by their count (no GPU has timed either).
  * Bytes a row, e of an activation: forward (2 e + 1) F, backward (3 e + 2) F; 2 e F and 4 e F less than through memory. */
 #include "kernels/cuda/fp8.cuh"
 
@@ -203,7 +203,8 @@ extern "C" void cuda_swiglu_backward_fp8(struct backend *be, const struct fp8 *d
 {
     if (!N) return;
     require_fp8(d8, 2 * F);
-    CUDA_REQUIRE(F % CUDA_FP8_MULTIPLE == 0 && aligned16(dh) && aligned16(gate_up), "swiglu: an input is not aligned to 16 bytes");
+    CUDA_REQUIRE(F % CUDA_FP8_MULTIPLE == 0, "swiglu: a width in fp8 is not a multiple of 16");
+    CUDA_REQUIRE(aligned16(dh) && aligned16(gate_up), "swiglu: an input is not aligned to 16 bytes");
     DISPATCH(be->act_dtype, T,
         auto kernel = swiglu_backward_fp8_kernel<T, 2>;
         size_t shared = room_for_row<T>(kernel, 2 * F);

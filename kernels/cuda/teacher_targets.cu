@@ -164,8 +164,8 @@ template <int N> __device__ __forceinline__ void block_totals(targets_shared &s,
 constexpr float UNITS = 1099511627776.0f;                                     /* 2^40 */
 __device__ __forceinline__ long long whole_units(float y) { return __float2ll_rn(y * UNITS); }
 
-/* e^x, relative error 2^-22: the exponent in double, the hardware's exponential for the rest. The library's takes a hundred double-precision instructions, each waiting for the
- * one before. Beyond e^-693 and e^693 it stays where it is; NaN stays NaN. */
+/* e^x, relative error 2^-22: the exponent in double, the hardware's exponential for the rest. The library's is a long chain of double precision, each
+ * instruction waiting for the one before. Beyond e^-693 and e^693 it stays where it is; NaN stays NaN. */
 __device__ __forceinline__ double exp_short(double x)
 {
     double y = x * 1.4426950408889634, n;
