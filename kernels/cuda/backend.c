@@ -189,7 +189,7 @@ static void cuda_stream_free(struct backend *be, int slot) { CUDA_CHECK(cudaEven
 static size_t cuda_scratch_bytes(struct backend *be, const struct op_limits *l)
 {
     size_t need[] = {cuda_embed_scratch(be, l), cuda_rmsnorm_scratch(be, l), cuda_qk_norm_scratch(be, l), cuda_attention_scratch(be, l),
-                     cuda_linear_scratch(be, l), cuda_fp8_scratch(be, l), cuda_reduce_scratch(be, l)}, most = 0;
+                     cuda_linear_scratch(be, l), cuda_fp8_scratch(be, l), cuda_reduce_scratch(be, l), cuda_teacher_targets_scratch(be, l)}, most = 0;
     for (size_t i = 0; i < sizeof need / sizeof *need; i++) most = need[i] > most ? need[i] : most;
     return cuda_round_up(most);
 }

@@ -53,6 +53,7 @@ size_t cuda_attention_scratch(struct backend *be, const struct op_limits *l);
 size_t cuda_linear_scratch(struct backend *be, const struct op_limits *l);
 size_t cuda_fp8_scratch(struct backend *be, const struct op_limits *l);
 size_t cuda_reduce_scratch(struct backend *be, const struct op_limits *l);
+size_t cuda_teacher_targets_scratch(struct backend *be, const struct op_limits *l);
 
 void cuda_linear_close(struct cuda_state *s);
 void cuda_attention_close(struct cuda_state *s);

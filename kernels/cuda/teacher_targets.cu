@@ -1,60 +1,101 @@
-/* What a dump keeps of a chunk of teacher logits (the maths is in cpu/teacher_targets.c). A block per row, the logits read once; four blocks on a
- * multiprocessor, so that one streams while another sorts.
+/* What a dump keeps of a chunk of teacher logits (the maths is in cpu/teacher_targets.c), by two kernels: one streams the logits and does nothing else for long; one ranks the few hundred of
+ * a row that are left. In one kernel the blocks of a wave would all rank at once while nothing reads.
  *
- * 1. A first part of the row is held in registers, two maxima a thread. The K-th largest of these has at least K logits at or above it, so
- *    it is a floor: nothing below it is among the K largest of the row.
- * 2. The row streams through. Where a thread's four vectors hold a logit at or above the floor, that is noted in shared memory and opened afterwards, into the
- *    list (some hundred logits of 152,064); every logit below it adds 2^{c (t - floor)} to a running sum per temperature. All exponents are <= 0, so no maximum has to be tracked.
- * 3. The K-th largest logit of the list parts it; what reaches that is sorted by (logit, lower id), and its first K are the head. The tail's mass
- *    is the rest's sum plus the list beyond the head: summed over the complement, never a difference.
- * The loop is short of exponentials (16 a clock) and of instructions: a temperature half of the one before in order takes the square of its exponential, and
- * the exponent is one fused multiply-add, t c - fl(floor c); what rounding floor c has shifted all terms by is taken back once. A row whose list overflows (long runs of equal logits, sorted rows) or whose rest vanishes
- * beside the floor is done again from memory: radix selection of the K-th (logit, id), then sums relative to the rest's own maximum. */
+ * The first, a block per row, four on a multiprocessor.
+ * 1. A sample spread over the row comes first (ids are in no random order: the low ones of a vocabulary are its commonest tokens, and those of one script lie together). The K-th largest of one or
+ *    two maxima a thread has at least K logits at or above it, so it is a floor: nothing below it is among the K largest of the row. What was sampled is still in the cache when it comes again.
+ * 2. The row streams through. A vector that holds a logit at or above the floor is kept in shared memory, some 300 of 19,000, and opened at the end into the row's list in scratch; every logit
+ *    below adds 2^{c (t - floor)} to a running sum per temperature. All exponents are <= 0, so no maximum has to be tracked.
+ * The loop is short of instructions, then of exponentials (16 a clock): a temperature half of the one before in order takes the square of its exponential, and the exponent is one fused
+ * multiply-add, t c - fl(floor c); what rounding floor c has shifted all terms by is taken back once.
+ *
+ * The second, a block per row.
+ * 3. The K-th largest logit of the list parts it; what reaches that is sorted by (logit, lower id), and its first K are the head. The tail's mass is the rest's sum plus the list beyond
+ *    the head: summed over the complement, never a difference.
+ * A row whose list overflows (long runs of equal logits, sorted rows) or whose rest vanishes beside the floor is done again from memory: radix selection of the K-th (logit, id), then sums
+ * relative to the rest's own maximum. */
 #include "kernels/cuda/row_stats.cuh"
 
-enum { THREADS = 256, BLOCKS = 4, LIST = 4096, SORTED = 512, MAX_K = 256, MAX_T = 8, BATCH = 4 };
+enum { THREADS = 256, BLOCKS = 4, AHEAD = 4, SAMPLE = 16, NOTES = 2048,        /* of the first kernel; a stage is a vector of every thread: AHEAD of them on their way, SAMPLE before the floor */
+       RANK_THREADS = 64, SORTED = 384, MAX_K = 256, MAX_T = 8 };
+static_assert(MAX_K <= 2 * THREADS, "a thread has two maxima");
 constexpr float GONE = -1e30f;          /* stands in for a logit that is counted elsewhere: exponentials of it are 0, and 0 * GONE is 0 */
 constexpr float TINY = 1e-30f;          /* below it a sum relative to the floor has lost its digits to underflow */
 
 /* A slot per temperature, the largest first; one more for the padding's mass where T = 1 is not listed. Bit i of `squares`: slot i is half of slot i - 1. */
 struct targets_shape {
-    int nT, slots, squares, K, slot_of[MAX_T + 1], unit_slot;
+    int nT, slots, squares, K, slot_of[MAX_T + 1], unit_slot, room;            /* room: entries of a row's list */
     float inv_T[MAX_T + 1], c[MAX_T + 1];                   /* by slot; c = log2(e) / T */
     bool entropy;
 };
 struct targets_out { int32_t *head_ids; float *head_logprob, *lse, *tail_logmass, *entropy, *label_logprob, *padding_mass; };
 
-/* The block's shared memory */
-struct targets_shared {
-    unsigned long long list[LIST];      /* (ordered logit, ~id): descending order is the ranking */
+/* What the first kernel leaves of a row, beside its list: sums over all that is below the floor, as they ran. count: entries; more than there is room for where it overflowed. */
+struct row_part { double total[MAX_T + 2]; float floor; int count; };
+
+template <typename T, int W> struct __align__(16) stream_shared {
+    union {
+        uint32_t most[2 * THREADS];     /* of the sample, as ordered keys */
+        struct {
+            packed<T, W> note[NOTES];   /* vectors that hold a logit for the list, */
+            int note_at[NOTES];         /* and which of the row they are */
+        };
+    };
+    uint32_t kth;
+    int notes, count;
+    float partial[THREADS / 32][MAX_T + 2];
+};
+
+/* of the second; the list follows it */
+struct __align__(16) rank_shared {
     unsigned long long sorted[SORTED];  /* of the list, what the head is taken from */
     union {
-        int hit[LIST];                  /* batches that hold a logit for the list: first vector, and a bit for each that does */
-        struct { long long head[MAX_T + 1], tail[MAX_T + 1], spread; } units[THREADS / 32];     /* later: a warp's sums over the list */
+        unsigned histogram[256];        /* of a row that is done again */
+        struct { long long head[MAX_T + 1], tail[MAX_T + 1], spread; } units[RANK_THREADS / 32];       /* a warp's sums over the list */
     };
-    int hits, reach[32], reaching;
-    double partial[THREADS / 32][MAX_T + 2], total[MAX_T + 2], lse[MAX_T + 1], tail_logmass[MAX_T + 1];
+    float partial[RANK_THREADS / 32][MAX_T + 2];
+    double total[MAX_T + 2], lse[MAX_T + 1], tail_logmass[MAX_T + 1];
     double padding_mass;                /* relative to padding_top */
     float padding_top, label_logit;
-    unsigned histogram[256];
-    int count, digit, above;
+    int reach[16][3], reaching, count, digit, above, level;
 };
 
 __device__ __forceinline__ unsigned long long ranking(float t, int id) { return (unsigned long long)ordered_key(t) << 32 | (uint32_t)~id; }
 __device__ __forceinline__ float ranked_logit(unsigned long long e) { return key_value((uint32_t)(e >> 32)); }
 __device__ __forceinline__ int ranked_id(unsigned long long e) { return (int)~(uint32_t)e; }
 
-/* The K-th largest of the block's values, two per thread: a bit at a time, 16 bits where the values are bf16. */
-template <typename T> __device__ __forceinline__ float kth_of_threads(float x, float y, int K)
+/* The leading `BITS` bits of the K-th largest of many ordered keys (0 where there are fewer than K), two bits at a time. counts(n, prefix, bit): n[i] = how many keys of this warp reach
+ * prefix + (i + 1 << bit). reach: BITS / 2 times three counters, zeroed. */
+template <int BITS, typename Counts> __device__ __forceinline__ uint32_t kth_key(int (*reach)[3], int K, Counts counts)
 {
-    constexpr int bits = 8 * (int)sizeof(T);
-    uint32_t key = ordered_key(x) >> (32 - bits), other = ordered_key(y) >> (32 - bits), prefix = 0;
-    for (int b = bits - 1; b >= 0; b--) {
-        uint32_t trial = prefix | 1u << b;
-        if (__syncthreads_count(key >= trial) + __syncthreads_count(other >= trial) >= K) prefix = trial;
+    uint32_t prefix = 0;
+    for (int b = BITS - 2; b >= 0; b -= 2) {
+        int n[3], lane = threadIdx.x % 32;
+        counts(n, prefix, b);
+        int mine = lane == 0 ? n[0] : lane == 1 ? n[1] : n[2];
+        if (lane < 3 && mine) atomicAdd(&reach[b / 2][lane], mine);
+        __syncthreads();
+        int reaching = (reach[b / 2][0] >= K) + (reach[b / 2][1] >= K) + (reach[b / 2][2] >= K);               /* more reach the smaller trials */
+        prefix += (uint32_t)reaching << b;
     }
-    if (bits == 32) return key_value(prefix);
-    return __uint_as_float((prefix & 0x8000u ? prefix & 0x7fffu : ~prefix & 0xffffu) << 16);
+    return prefix;
+}
+
+/* The K-th largest of 32 N keys of logits of type T, by one warp: a bit at a time. (By all of them it would take as long, and the others' instructions.) */
+template <typename T, int N> __device__ __forceinline__ uint32_t kth_of_keys(const uint32_t *keys, int K)
+{
+    constexpr int bits = 8 * (int)sizeof(T);                /* the leading ones; the others are 1 where the logit is negative, else 0 */
+    uint32_t key[N], prefix = 0;
+    #pragma unroll
+    for (int i = 0; i < N; i++) key[i] = keys[32 * i + threadIdx.x % 32];
+    for (int b = 31; b >= 32 - bits; b--) {
+        uint32_t trial = prefix | 1u << b;
+        int n[2] = {};
+        #pragma unroll
+        for (int i = 0; i < N; i++) n[i % 2] += key[i] >= trial;
+        if (__reduce_add_sync(0xffffffffu, n[0] + n[1]) >= K) prefix = trial;
+    }
+    return bits < 32 && !(prefix >> 31) ? prefix | 0xffffu : prefix;
 }
 
 /* -infinity becomes GONE, two bf16 at a time: then y (t c - shift) is 0 where y is. NaN stays NaN. */
@@ -71,24 +112,50 @@ template <typename T, int W> __device__ __forceinline__ void make_finite(packed<
 }
 template <typename T, int W> __device__ __forceinline__ float finite(float t) { return sizeof(T) == 2 && W % 2 == 0 ? t : t < GONE ? GONE : t; }
 
-/* the largest of n vectors */
-template <typename T, int W, int N> __device__ __forceinline__ float largest(const packed<T, W> (&v)[N])
+/* The largest of a vector, as a pair of which one is it where that is cheaper; NaN counts only where there is nothing else. */
+template <int W> __device__ __forceinline__ __nv_bfloat162 largest_pair(const packed<bf16, W> &v)
+{
+    __nv_bfloat162 m = *reinterpret_cast<const __nv_bfloat162 *>(&v.word[0]);
+    #pragma unroll
+    for (int i = 1; i < W / 2; i++) m = __hmax2(m, *reinterpret_cast<const __nv_bfloat162 *>(&v.word[i]));
+    return m;
+}
+template <typename T, int W> __device__ __forceinline__ float largest(const packed<T, W> &v)
 {
     if constexpr (sizeof(T) == 2 && W == 8) {
-        __nv_bfloat162 m = *reinterpret_cast<const __nv_bfloat162 *>(&v[0].word[0]);
-        #pragma unroll
-        for (int i = 1; i < 4 * N; i++) m = __hmax2(m, *reinterpret_cast<const __nv_bfloat162 *>(&v[i / 4].word[i % 4]));
+        __nv_bfloat162 m = largest_pair<W>(v);
         return fmaxf(__low2float(m), __high2float(m));
     }
-    float most = -CUDART_INF_F;
+    float t[W], most = -CUDART_INF_F;
+    unpack<T, W>(t, v);
     #pragma unroll
-    for (int n = 0; n < N; n++) {
-        float t[W];
-        unpack<T, W>(t, v[n]);
-        #pragma unroll
-        for (int i = 0; i < W; i++) most = fmaxf(most, t[i]);
-    }
+    for (int i = 0; i < W; i++) most = fmaxf(most, t[i]);
     return most;
+}
+/* whether one of them reaches the floor, which T holds exactly */
+template <typename T, int W> __device__ __forceinline__ bool reaches(const packed<T, W> &v, float reached)
+{
+    if constexpr (sizeof(T) == 2 && W == 8) return __hge2_mask(largest_pair<W>(v), __float2bfloat162_rn(reached)) != 0;
+    return largest<T, W>(v) >= reached;
+}
+
+/* GONE in place of what reaches the floor */
+template <typename T, int W> __device__ __forceinline__ void keep_below(packed<T, W> &v, float reached)
+{
+    if constexpr (sizeof(T) == 2 && W == 8) {
+        const __nv_bfloat162 level = __float2bfloat162_rn(reached), gone = __float2bfloat162_rn(GONE);
+        #pragma unroll
+        for (int i = 0; i < W / 2; i++) {
+            uint32_t reaching = __hge2_mask(*reinterpret_cast<const __nv_bfloat162 *>(&v.word[i]), level);
+            v.word[i] = (v.word[i] & ~reaching) | (*reinterpret_cast<const uint32_t *>(&gone) & reaching);
+        }
+        return;
+    }
+    float t[W];
+    unpack<T, W>(t, v);
+    #pragma unroll
+    for (int i = 0; i < W; i++) if (t[i] >= reached) t[i] = GONE;
+    v = pack<T, W>(t);
 }
 
 /* Descending bitonic sort of the first n entries, padded with 0 (which ranks after every logit) to a power of two */
@@ -96,11 +163,11 @@ __device__ __forceinline__ void sort_descending(unsigned long long *list, int n)
 {
     int size = 2;
     while (size < n) size *= 2;
-    for (int i = n + threadIdx.x; i < size; i += THREADS) list[i] = 0;
+    for (int i = n + threadIdx.x; i < size; i += RANK_THREADS) list[i] = 0;
     for (int k = 2; k <= size; k *= 2)
         for (int j = k / 2; j > 0; j /= 2) {
             __syncthreads();
-            for (int i = threadIdx.x; i < size / 2; i += THREADS) {
+            for (int i = threadIdx.x; i < size / 2; i += RANK_THREADS) {
                 int lo = (i & -j) * 2 + (i & (j - 1)), hi = lo + j;           /* j is a power of two */
                 unsigned long long a = list[lo], b = list[hi];
                 if ((a < b) == ((lo & k) == 0)) { list[lo] = b; list[hi] = a; }
@@ -109,58 +176,55 @@ __device__ __forceinline__ void sort_descending(unsigned long long *list, int n)
     __syncthreads();
 }
 
-/* The list's entries in order, as many as reach its K-th largest logit, at least min(K, count): in s.sorted, or, where ties are too many, in s.list. */
-template <typename T> __device__ __forceinline__ const unsigned long long *sort_head(targets_shared &s, int count, int K)
+/* The list's entries in order, as many as reach its K-th largest logit, at least min(K, count): in s.sorted, or, where ties are too many, in the list. */
+template <typename T> __device__ __forceinline__ const unsigned long long *sort_head(rank_shared &s, unsigned long long *list, int count, int K)
 {
     constexpr int bits = 8 * (int)sizeof(T);
-    uint32_t kth = 0;                                                          /* its leading bits, as ordered keys */
-    if (count > K) {
-        if (threadIdx.x < 32) s.reach[threadIdx.x] = 0;
-        __syncthreads();
-        for (int b = bits - 1; b >= 0; b--) {
-            uint32_t trial = kth | 1u << b;
-            int mine = 0;
-            for (int i = threadIdx.x; i < count; i += THREADS) mine += (uint32_t)(s.list[i] >> 32) >> (32 - bits) >= trial;
-            mine = __reduce_add_sync(0xffffffffu, mine);
-            if (threadIdx.x % 32 == 0 && mine) atomicAdd(&s.reach[b], mine);
-            __syncthreads();
-            if (s.reach[b] >= K) kth = trial;
-        }
-    }
+    if (threadIdx.x < 16) s.reach[threadIdx.x][0] = s.reach[threadIdx.x][1] = s.reach[threadIdx.x][2] = 0;
     if (threadIdx.x == 0) s.reaching = 0;
     __syncthreads();
-    for (int i = threadIdx.x; i < count; i += THREADS) {
-        unsigned long long e = s.list[i];
+    uint32_t kth = count <= K ? 0 : kth_key<bits>(s.reach, K, [&](int (&n)[3], uint32_t prefix, int b) {
+        n[0] = n[1] = n[2] = 0;
+        for (int i = threadIdx.x; i < count; i += RANK_THREADS) {
+            uint32_t key = (uint32_t)(list[i] >> 32) >> (32 - bits);
+            #pragma unroll
+            for (int t = 0; t < 3; t++) n[t] += key >= prefix + ((uint32_t)(t + 1) << b);
+        }
+        #pragma unroll
+        for (int t = 0; t < 3; t++) n[t] = __reduce_add_sync(0xffffffffu, n[t]);
+    });
+    for (int i = threadIdx.x; i < count; i += RANK_THREADS) {
+        unsigned long long e = list[i];
         if ((uint32_t)(e >> 32) >> (32 - bits) < kth) continue;
         int at = atomicAdd(&s.reaching, 1);
         if (at < SORTED) s.sorted[at] = e;
     }
     __syncthreads();
     bool few = s.reaching <= SORTED;
-    unsigned long long *from = few ? s.sorted : s.list;
+    unsigned long long *from = few ? s.sorted : list;
     sort_descending(from, few ? s.reaching : count);
     return from;
 }
 
 /* total[i] = sum over the block of x[i] */
-template <int N> __device__ __forceinline__ void block_totals(targets_shared &s, const float (&x)[N], int n)
+template <int WARPS, int N> __device__ __forceinline__ void block_totals(double *total, float (&partial)[WARPS][MAX_T + 2], const float (&x)[N])
 {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     #pragma unroll
     for (int i = 0; i < N; i++) {
         float v = warp_reduce(x[i], add_op());
-        if (lane == 0) s.partial[warp][i] = v;
+        if (lane == 0) partial[warp][i] = v;
     }
     __syncthreads();
-    if (threadIdx.x < n) {
+    if ((int)threadIdx.x < N) {
         double t = 0;
-        for (int w = 0; w < THREADS / 32; w++) t += s.partial[w][threadIdx.x];
-        s.total[threadIdx.x] = t;
+        for (int w = 0; w < WARPS; w++) t += partial[w][threadIdx.x];
+        total[threadIdx.x] = t;
     }
     __syncthreads();
 }
 
-/* Terms of the list, 0 to 1, in units that add up the same in any order; 2^63 of them hold far more than LIST terms */
+/* Terms of the list, 0 to 1, in units that add up the same in any order; 2^63 of them hold far more terms than a list */
 constexpr float UNITS = 1099511627776.0f;                                     /* 2^40 */
 __device__ __forceinline__ long long whole_units(float y) { return __float2ll_rn(y * UNITS); }
 
@@ -178,112 +242,153 @@ __device__ __forceinline__ double exp2_residue(double x) { double u = x * 0.6931
 
 /* A row again from memory. The list gets exactly its K first entries; total[] the sums over everything else relative to `floor`, which
  * becomes the largest of them. */
-template <typename T, int SLOTS>
-__device__ __noinline__ void row_again(targets_shared &s, float &floor, const T *row, const targets_shape &shape, int K, int64_t Vv)
+template <typename T, int W>
+__device__ __noinline__ void row_again(rank_shared &s, unsigned long long *list, float &floor, const T *row, const targets_shape &shape, int K, int64_t Vv)
 {
+    constexpr int BATCH = 4;
     /* The K-th key, eight bits at a time: keys are distinct, so the entries at or above it are exactly K. */
     unsigned long long prefix = 0, mask = 0;
     int wanted = K;
     for (int shift = 56; shift >= 0; shift -= 8) {
-        __syncthreads();
-        for (int i = threadIdx.x; i < 256; i += THREADS) s.histogram[i] = 0;
-        __syncthreads();
-        for (int64_t j = threadIdx.x; j < Vv; j += THREADS) {
-            unsigned long long e = ranking(to_float(row[j]), (int)j);
-            if ((e & mask) == prefix) atomicAdd(&s.histogram[e >> shift & 255], 1u);
+        if (sizeof(T) == 2 && shift == 40) {                /* the other half of a bf16's key says what its sign said */
+            if (!(prefix >> 63)) prefix |= 0xffffull << 32;
+            mask |= 0xffffull << 32;
+            shift = 24;
         }
+        __syncthreads();
+        for (int i = threadIdx.x; i < 256; i += RANK_THREADS) s.histogram[i] = 0;
+        __syncthreads();
+        for_each_vector<T, W, BATCH, false>(row, Vv, [&](float (&x)[W], int64_t j) {
+            for (int i = 0; i < W; i++) {
+                unsigned long long e = ranking(x[i], (int)j + i);
+                if (j + i < Vv && (e & mask) == prefix) atomicAdd(&s.histogram[e >> shift & 255], 1u);
+            }
+        });
         __syncthreads();
         if (threadIdx.x == 0) {
             int above = 0, d = 255;
             while (d > 0 && above + (int)s.histogram[d] < wanted) above += (int)s.histogram[d--];
             s.digit = d;
             s.above = above;
+            s.level = (int)s.histogram[d];
         }
         __syncthreads();
         prefix |= (unsigned long long)s.digit << shift;
         mask |= 255ull << shift;
         wanted -= s.above;
+        if (s.level == wanted) break;                       /* all that begin so: what follows does not matter */
     }
     __syncthreads();
     if (threadIdx.x == 0) s.count = 0;
     __syncthreads();
     float most = -CUDART_INF_F;
-    for (int64_t j = threadIdx.x; j < Vv; j += THREADS) {
-        float t = to_float(row[j]);
-        unsigned long long e = ranking(t, (int)j);
-        if (e >= prefix) {
-            int at = atomicAdd(&s.count, 1);
-            if (at < MAX_K) s.list[at] = e;
-        } else most = fmaxf(most, t);
-    }
+    for_each_vector<T, W, BATCH, false>(row, Vv, [&](float (&x)[W], int64_t j) {
+        for (int i = 0; i < W; i++) {
+            unsigned long long e = ranking(x[i], (int)j + i);
+            if (j + i >= Vv) continue;
+            if (e >= prefix) {
+                int at = atomicAdd(&s.count, 1);
+                if (at < MAX_K) list[at] = e;
+            } else most = fmaxf(most, x[i]);
+        }
+    });
     most = block_max(most);
     floor = most > -CUDART_INF_F ? most : 0;
-    float sum[SLOTS + 1] = {};
-    for (int64_t j = threadIdx.x; j < Vv; j += THREADS) {
-        float t = to_float(row[j]);
-        if (ranking(t, (int)j) >= prefix) continue;
-        float d = fmaxf(t - floor, GONE), y0 = 0;
-        #pragma unroll
-        for (int i = 0; i < SLOTS; i++) {
-            if (i >= shape.slots) continue;
-            float y = exp2_fast(d * shape.c[i]);
-            sum[i] += y;
-            if (i == shape.slot_of[0]) y0 = y;
+    float sum[MAX_T + 2] = {};
+    for_each_vector<T, W, 1, false>(row, Vv, [&](float (&x)[W], int64_t j) {
+        for (int i = 0; i < W; i++) {
+            if (j + i >= Vv || ranking(x[i], (int)j + i) >= prefix) continue;
+            float d = fmaxf(x[i] - floor, GONE), y0 = 0;
+            #pragma unroll
+            for (int k = 0; k <= MAX_T; k++) {
+                if (k >= shape.slots) continue;
+                float y = exp2_fast(d * shape.c[k]);
+                sum[k] += y;
+                if (k == shape.slot_of[0]) y0 = y;
+            }
+            sum[MAX_T + 1] += y0 * d;
         }
-        sum[SLOTS] += y0 * d;
-    }
-    block_totals(s, sum, SLOTS + 1);
+    });
+    block_totals(s.total, s.partial, sum);
 }
 
-/* T0: the slot of the first temperature, -1: whichever the shape says. Bit i of SQUARES: slot i takes the square of slot i - 1. */
+/* What reaches the floor of a vector that begins at column `first` -> the list; nothing of one that is not there, -1 */
+template <typename T, int W> __device__ __noinline__ void take_vector(unsigned long long *list, int *count, int room, packed<T, W> v, float reached, int first)
+{
+    float t[W];
+    int n = 0;
+    if (first < 0) return;
+    unpack<T, W>(t, v);
+    #pragma unroll
+    for (int i = 0; i < W; i++) n += t[i] >= reached;
+    int at = atomicAdd(count, n);
+    #pragma unroll
+    for (int i = 0; i < W; i++)
+        if (t[i] >= reached) {
+            if (at < room) list[at] = ranking(t[i], first + i);
+            at++;
+        }
+}
+
+/* T0: the slot of the first temperature, -1: whichever the shape says. Bit i of SQUARES: slot i takes the square of slot i - 1. total[SLOTS] of a part: the sum of 2^e times e at T0. */
 template <typename T, int W, int SLOTS, int SQUARES, int T0>
-__global__ void __launch_bounds__(THREADS, BLOCKS) teacher_targets_kernel(targets_out out, const T *__restrict__ logits, const int32_t *labels, const __grid_constant__ targets_shape shape, int64_t V, int Vv)
+__global__ void __launch_bounds__(THREADS, BLOCKS) stream_kernel(row_part *parts, unsigned long long *lists, const T *__restrict__ logits, const __grid_constant__ targets_shape shape, int64_t V, int Vv)
 {
     extern __shared__ __align__(16) unsigned char memory[];
-    targets_shared &s = *reinterpret_cast<targets_shared *>(memory);
-    int64_t n = blockIdx.x;
-    const T *row = logits + n * V;
-    int K = shape.K > 0 ? shape.K : 1, vectors = Vv / W;
+    stream_shared<T, W> &s = *reinterpret_cast<stream_shared<T, W> *>(memory);
+    const T *row = logits + blockIdx.x * V;
+    unsigned long long *list = lists + (int64_t)blockIdx.x * shape.room;
+    int K = shape.K > 0 ? shape.K : 1, vectors = Vv / W, stages = vectors / THREADS, me = threadIdx.x;
     const int T0_slot = T0 >= 0 ? T0 : shape.slot_of[0];
 
-    /* 1: the first part of the row, and the floor */
-    packed<T, W> held[2][BATCH], missing;
-    #pragma unroll
-    for (int i = 0; i < (int)(sizeof missing.word / 4); i++) missing.word[i] = sizeof(T) == 2 ? 0xff80ff80u : 0xff800000u;      /* -infinity */
-    #pragma unroll
-    for (int h = 0; h < 2; h++)
+    /* 1: the floor. What fills no stage is stage -1, a vector of some threads, and an element of fewer. */
+    int at_last = stages * THREADS + me, before = (int)div_up(stages + (vectors > stages * THREADS), AHEAD) * AHEAD - stages;         /* stages before 0, that whole rounds of AHEAD are left */
+    bool has_element = me < Vv - vectors * W;
+    packed<T, W> ahead[AHEAD];
+    float most[2] = {-CUDART_INF_F, -CUDART_INF_F}, element = -CUDART_INF_F;
+    {
+        const T *from = row + me * W;
+        int64_t stride = stages > SAMPLE ? (int64_t)(stages / SAMPLE) * (THREADS * W) : THREADS * W;
         #pragma unroll
-        for (int b = 0; b < BATCH; b++) {
-            int at = (h * BATCH + b) * THREADS + (int)threadIdx.x;
-            held[h][b] = at < vectors ? load_packed<T, W>(row + at * W) : missing;
-        }
-    if (out.padding_mass) {                                 /* while those are on their way */
-        float padding_top = -CUDART_INF_F, mass = 0;
-        for (int64_t j = Vv + threadIdx.x; j < V; j += THREADS) padding_top = fmaxf(padding_top, to_float(row[j]));
-        padding_top = block_max(padding_top);
-        if (padding_top > -CUDART_INF_F)
-            for (int64_t j = Vv + threadIdx.x; j < V; j += THREADS) mass += exp2_fast((to_float(row[j]) - padding_top) * LOG2E);
-        double total = block_sum((double)mass);
-        if (threadIdx.x == 0) {
-            s.padding_top = padding_top;
-            s.padding_mass = total;
+        for (int half = 0; half < 2; half++) {
+            packed<T, W> v[SAMPLE / 2];
+            #pragma unroll
+            for (int i = 0; i < SAMPLE / 2; i++, from += stride) if (half * SAMPLE / 2 + i < stages) v[i] = load_packed<T, W>(from);
+            #pragma unroll
+            for (int i = 0; i < SAMPLE / 2; i++) if (half * SAMPLE / 2 + i < stages) most[half] = fmaxf(most[half], largest<T, W>(v[i]));
         }
     }
-    float most[2] = {largest<T, W, BATCH>(held[0]), largest<T, W, BATCH>(held[1])};
-    if (threadIdx.x == 0) s.count = s.hits = 0;
-    float reached = kth_of_threads<T>(most[0], most[1], K), floor = reached > -CUDART_INF_F ? reached : 0;
+    const T *from = row + (me - before * THREADS) * (int64_t)W;               /* stage -before */
+    #pragma unroll
+    for (int i = 0; i < AHEAD; i++) {
+        #pragma unroll
+        for (int w = 0; w < (int)(sizeof ahead[i].word / 4); w++) ahead[i].word[w] = sizeof(T) == 2 ? 0xff80ff80u : 0xff800000u;      /* -infinity: adds nothing */
+        bool there = i < before ? i == before - 1 && at_last < vectors : i < before + stages;
+        if (there) ahead[i] = load_packed<T, W>(i < before ? row + at_last * W : from + i * (THREADS * W));
+    }
+    #pragma unroll
+    for (int i = 0; i < AHEAD; i++) if (i < before) most[1] = fmaxf(most[1], largest<T, W>(ahead[i]));
+    if (has_element) element = to_float(row[vectors * W + me]);
+    bool two = K > THREADS / 4;                             /* one is as good where few are wanted */
+    s.most[me] = ordered_key(two ? most[0] : fmaxf(most[0], most[1]));
+    if (two) s.most[THREADS + me] = ordered_key(most[1]);
+    __syncthreads();
+    if (me < 32) {
+        uint32_t kth = two ? kth_of_keys<T, 2 * THREADS / 32>(s.most, K) : kth_of_keys<T, THREADS / 32>(s.most, K);
+        if (me == 0) {
+            s.kth = kth;
+            s.notes = s.count = 0;
+        }
+    }
+    __syncthreads();
+    float reached = key_value(s.kth), floor = reached > -CUDART_INF_F ? reached : 0;
 
     /* 2: the stream */
     float sum[SLOTS + 1] = {}, shift[SLOTS];
     #pragma unroll
     for (int k = 0; k < SLOTS; k++) shift[k] = SQUARES >> k & 1 ? 2 * shift[k - 1] : floor * shape.c[k];
-    auto take = [&](float t, int id) {                      /* what reaches the floor */
-        int at = atomicAdd(&s.count, 1);
-        if (at < LIST) s.list[at] = ranking(t, id);
-    };
-    auto add = [&](float t) {                               /* everything else; NaN too, which reaches nothing */
+    auto add = [&](float t) {                               /* NaN too, which reaches nothing */
         float y[SLOTS], e = 0, y0 = 0, e0 = 0;
-        bool below = !(t >= reached);
         t = finite<T, W>(t);
         #pragma unroll
         for (int k = 0; k < SLOTS; k++) {
@@ -292,97 +397,104 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) teacher_targets_kernel(target
                 e = fmaf(t, shape.c[k], -shift[k]);
                 y[k] = exp2_fast(e);
             }
-            if (below) sum[k] += y[k];
+            sum[k] += y[k];
             if (k == T0_slot) { y0 = y[k]; e0 = e; }
         }
-        if (below) sum[SLOTS] = fmaf(y0, e0, sum[SLOTS]);
+        sum[SLOTS] = fmaf(y0, e0, sum[SLOTS]);
     };
-    /* Nearly every warp has a hit among its 32 x BATCH vectors: one note for all of a thread's, with a bit for each. Whoever opened all of them would read a quarter
-     * of the row twice, from memory: 500 rows in flight are more than the cache holds. */
-    auto consume = [&](packed<T, W> (&v)[BATCH], int at) {
-        #pragma unroll
-        for (int b = 0; b < BATCH; b++) make_finite<T, W>(v[b]);
-        if (largest<T, W, BATCH>(v) >= reached) {
-            int bits = 0;
-            #pragma unroll
-            for (int b = 0; b < BATCH; b++) {
-                const packed<T, W> one[1] = {v[b]};
-                bits |= (largest<T, W, 1>(one) >= reached) << b;
-            }
-            int to = atomicAdd(&s.hits, 1);
-            if (to < LIST) s.hit[to] = at << BATCH | bits;
+    auto column_of = [&](int noted) { return noted >= 0 ? noted * W : noted + THREADS >= 0 && at_last - me + noted + THREADS < vectors ? (at_last - me + noted + THREADS) * W : -1; };
+    auto consume = [&](packed<T, W> v, int stage) {
+        if (reaches<T, W>(v, reached)) {
+            int to = atomicAdd(&s.notes, 1);
+            if (to < NOTES) {
+                s.note[to] = v;
+                s.note_at[to] = stage * THREADS + me;
+            } else take_vector<T, W>(list, &s.count, shape.room, v, reached, column_of(stage * THREADS + me));
+            keep_below<T, W>(v, reached);
         }
+        make_finite<T, W>(v);
+        float t[W];
+        unpack<T, W>(t, v);
         #pragma unroll
-        for (int b = 0; b < BATCH; b++) {
-            float t[W];
-            unpack<T, W>(t, v[b]);
-            #pragma unroll
-            for (int i = 0; i < W; i++) add(t[i]);
-        }
+        for (int i = 0; i < W; i++) add(t[i]);
     };
-    int at = (int)threadIdx.x;
-    #pragma unroll
-    for (int h = 0; h < 2; h++, at += BATCH * THREADS) consume(held[h], at);
-    for (; at - (int)threadIdx.x + BATCH * THREADS <= vectors; at += BATCH * THREADS) {
-        packed<T, W> v[BATCH];
+    for (int stage = -before; stage < stages; stage += AHEAD) {
+        bool more = stage + AHEAD < stages;
+        from += AHEAD * THREADS * W;
         #pragma unroll
-        for (int b = 0; b < BATCH; b++) v[b] = load_packed<T, W>(row + (at + b * THREADS) * W);
-        consume(v, at);
+        for (int i = 0; i < AHEAD; i++) {
+            consume(ahead[i], stage + i);
+            if (more) ahead[i] = load_packed<T, W>(from + i * (THREADS * W));
+        }
     }
-    if (at - (int)threadIdx.x < vectors) {                  /* what is left of the vectors; missing ones add nothing and reach nothing, for -infinity is made finite */
-        packed<T, W> v[BATCH];
-        #pragma unroll
-        for (int b = 0; b < BATCH; b++) v[b] = at + b * THREADS < vectors ? load_packed<T, W>(row + (at + b * THREADS) * W) : missing;
-        consume(v, at);
-    }
-    if ((int)threadIdx.x < Vv - vectors * W) {
-        int j = vectors * W + (int)threadIdx.x;
-        float t = to_float(row[j]);
-        if (t >= reached) take(t, j);
-        add(t < GONE ? GONE : t);
+    if (has_element) {
+        packed<T, 1> v = {{sizeof(T) == 2 ? __float_as_uint(element) >> 16 : __float_as_uint(element)}};
+        if (element >= reached) take_vector<T, 1>(list, &s.count, shape.room, v, reached, vectors * W + me);
+        else add(element < GONE ? GONE : element);
     }
     __syncthreads();
-    for (int h = threadIdx.x; h < min(s.hits, LIST); h += THREADS) {
-        packed<T, W> v[BATCH];
-        int first = s.hit[h] >> BATCH, bits = s.hit[h];
-        #pragma unroll
-        for (int b = 0; b < BATCH; b++) if (bits >> b & 1 && first + b * THREADS < vectors) v[b] = load_packed<T, W>(row + (first + b * THREADS) * W);
-        #pragma unroll
-        for (int b = 0; b < BATCH; b++) {
-            if (!(bits >> b & 1) || first + b * THREADS >= vectors) continue;
-            float t[W];
-            unpack<T, W>(t, v[b]);
-            #pragma unroll
-            for (int i = 0; i < W; i++) if (t[i] >= reached) take(t[i], (first + b * THREADS) * W + i);
-        }
-    }
-    block_totals(s, sum, SLOTS + 1);
-    int count = s.count;
+    for (int h = me; h < min(s.notes, NOTES); h += THREADS) take_vector<T, W>(list, &s.count, shape.room, s.note[h], reached, column_of(s.note_at[h]));
+    row_part &part = parts[blockIdx.x];
+    block_totals(part.total, s.partial, sum);
+    if (me) return;
+    part.floor = floor;
+    part.count = s.count;
+}
+
+/* ran_slots, ran_squares: SLOTS and SQUARES of the first kernel */
+template <typename T, int W>
+__global__ void __launch_bounds__(RANK_THREADS) rank_kernel(targets_out out, const row_part *parts, const unsigned long long *lists, const T *__restrict__ logits, const int32_t *labels,
+                                                            const __grid_constant__ targets_shape shape, int ran_slots, int ran_squares, int64_t V, int Vv)
+{
+    extern __shared__ __align__(16) unsigned char memory[];
+    rank_shared &s = *reinterpret_cast<rank_shared *>(memory);
+    unsigned long long *list = reinterpret_cast<unsigned long long *>(memory + sizeof(rank_shared));
+    int64_t n = blockIdx.x;
+    const T *row = logits + n * V;
+    const row_part &part = parts[n];
+    int K = shape.K > 0 ? shape.K : 1, T0_slot = shape.slot_of[0], count = part.count;
+    float floor = part.floor;
+    for (int k = threadIdx.x; k < min(count, shape.room); k += RANK_THREADS) list[k] = lists[n * shape.room + k];
     if (threadIdx.x == 0) {
         /* from 2^{t c - shift} to 2^{c (t - floor)}, and from exponents to logits; a square's root carries its exponent halved */
         double root = 0, unit = 1;
-        for (int k = 0; k < SLOTS; k++) {
-            double by = (double)floor * shape.c[k] - shift[k];
-            if (SQUARES >> k & 1) unit *= 2;
+        float shift = 0;
+        for (int k = 0; k < shape.slots; k++) {
+            bool square = ran_squares >> k & 1;
+            shift = square ? 2 * shift : floor * shape.c[k];
+            double by = (double)floor * shape.c[k] - shift, total = part.total[k];
+            if (square) unit *= 2;
             else { root = by; unit = 1; }
-            if (k == T0_slot) s.total[SLOTS] = unit * (s.total[SLOTS] - root * s.total[k]) / shape.c[k] * exp2_residue(-by);
+            if (k == T0_slot) s.total[MAX_T + 1] = unit * (part.total[ran_slots] - root * total) / shape.c[k] * exp2_residue(-by);
+            s.total[k] = total * exp2_residue(-by);
         }
-        for (int k = 0; k < SLOTS; k++) s.total[k] *= exp2_residue(shift[k] - (double)floor * shape.c[k]);
+    }
+    if (out.padding_mass) {
+        float padding_top = -CUDART_INF_F, mass = 0;
+        for (int64_t j = Vv + threadIdx.x; j < V; j += RANK_THREADS) padding_top = fmaxf(padding_top, to_float(row[j]));
+        padding_top = block_max(padding_top);
+        if (padding_top > -CUDART_INF_F)
+            for (int64_t j = Vv + threadIdx.x; j < V; j += RANK_THREADS) mass += exp2_fast((to_float(row[j]) - padding_top) * LOG2E);
+        double total = block_sum((double)mass);
+        if (threadIdx.x == 0) {
+            s.padding_top = padding_top;
+            s.padding_mass = total;
+        }
     }
     __syncthreads();
-    bool again = count > LIST || s.hits > LIST;
+    bool again = count > shape.room;
     if (!again && count == K && Vv > count) for (int i = 0; i < shape.nT; i++) again |= s.total[shape.slot_of[i]] < TINY;
     __syncthreads();
     if (again) {
-        row_again<T, SLOTS>(s, floor, row, shape, K, Vv);
+        row_again<T, W>(s, list, floor, row, shape, K, Vv);
         count = K;
     }
 
     /* 3: the ranking, and what follows from it; NaN in a row leaves fewer entries than K and NaN in its sums */
-    const unsigned long long *sorted = sort_head<T>(s, count, K);
+    const unsigned long long *sorted = sort_head<T>(s, list, count, K);
     unsigned long long last = count >= K ? sorted[K - 1] : 0;                 /* of the head: what ranks after it is tail */
     float top = count ? ranked_logit(sorted[0]) : floor, second = -CUDART_INF_F;
-    for (int k = threadIdx.x; k < count; k += THREADS) if (s.list[k] < last) second = fmaxf(second, ranked_logit(s.list[k]));
+    for (int k = threadIdx.x; k < count; k += RANK_THREADS) if (list[k] < last) second = fmaxf(second, ranked_logit(list[k]));
     second = block_max(second);
     float next = K > 1 && count > 1 ? ranked_logit(sorted[1]) : second;       /* the largest but one */
     if (next == -CUDART_INF_F) next = top;                                    /* there is none, or it has no mass */
@@ -394,8 +506,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) teacher_targets_kernel(target
         bool with_spread = i == T0_slot && shape.entropy;
         long long head = 0, tail = 0, spread = 0;
         float c = shape.c[i];
-        for (int k = threadIdx.x; k < count; k += THREADS) {
-            unsigned long long entry = s.list[k];
+        for (int k = threadIdx.x; k < count; k += RANK_THREADS) {
+            unsigned long long entry = list[k];
             float t = ranked_logit(entry), y = exp2_fast((t - next) * c);
             if (entry < last) tail += whole_units(exp2_fast((t - second) * c));
             if (entry == sorted[0]) continue;                                 /* the largest, whose term is 1 */
@@ -416,7 +528,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) teacher_targets_kernel(target
         int i = threadIdx.x;
         bool with_spread = i == T0_slot && shape.entropy;
         long long head_units = 0, tail_units = 0, spread_units = 0;
-        for (int w = 0; w < THREADS / 32; w++) {
+        for (int w = 0; w < RANK_THREADS / 32; w++) {
             head_units += s.units[w].head[i];
             tail_units += s.units[w].tail[i];
             if (with_spread) spread_units += s.units[w].spread;
@@ -435,13 +547,13 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) teacher_targets_kernel(target
         /* H = log S + sum e^x (-x) / S, x relative to the largest logit: both parts >= 0 */
         if (out.entropy && i == T0_slot) {
             double spread = ((double)spread_units / UNITS + near_top * (((double)top - next) * inv_T)) * to_top;
-            if (rest > 0) spread += at_floor * (-s.total[SLOTS] * inv_T - rest * below);
+            if (rest > 0) spread += at_floor * (-s.total[MAX_T + 1] * inv_T - rest * below);
             out.entropy[n] = (float)(log_sum + spread / (1 + others));
         }
-    } else if (threadIdx.x == THREADS / 2 && out.label_logprob && labels[n] >= 0) s.label_logit = to_float(row[labels[n]]);
+    } else if (threadIdx.x == RANK_THREADS / 2 && out.label_logprob && labels[n] >= 0) s.label_logit = to_float(row[labels[n]]);
     __syncthreads();
     double inv_T0 = shape.inv_T[shape.slot_of[0]], lse0 = s.lse[shape.slot_of[0]];
-    for (int k = threadIdx.x; k < shape.K; k += THREADS) {
+    for (int k = threadIdx.x; k < shape.K; k += RANK_THREADS) {
         bool there = k < count;
         if (out.head_ids) out.head_ids[n * shape.K + k] = there ? ranked_id(sorted[k]) : 0;
         if (out.head_logprob) out.head_logprob[n * shape.K + k] = there ? (float)(ranked_logit(sorted[k]) * inv_T0 - lse0) : CUDART_NAN_F;
@@ -485,32 +597,57 @@ static void shape_slots(targets_shape *s, const float *T, int total)
     }
 }
 
-template <typename T, int W, int SLOTS, int SQUARES, int T0>
-static void launch(struct backend *be, const targets_out &o, const act *logits, const int32_t *labels, const targets_shape &shape, int64_t R, int64_t V, int64_t Vv)
+/* ---- launchers ---- */
+
+struct launch_args { const targets_out *out; row_part *parts; unsigned long long *lists; const act *logits; const int32_t *labels; const targets_shape *shape; int64_t R, V, Vv; };
+
+template <typename T, int W, int SLOTS, int SQUARES, int T0> static void launch(struct backend *be, const launch_args &a)
 {
-    auto kernel = teacher_targets_kernel<T, W, SLOTS, SQUARES, T0>;
-    CUDA_CHECK(cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)sizeof(targets_shared)));
-    kernel<<<(unsigned)R, THREADS, sizeof(targets_shared), cuda_state_of(be)->stream>>>(o, (const T *)logits, labels, shape, V, (int)Vv);
+    auto stream = stream_kernel<T, W, SLOTS, SQUARES, T0>;
+    auto rank = rank_kernel<T, W>;
+    const targets_shape &shape = *a.shape;
+    size_t stream_bytes = sizeof(stream_shared<T, W>), rank_bytes = sizeof(rank_shared) + (size_t)shape.room * sizeof *a.lists;
+    CUDA_CHECK(cudaFuncSetAttribute((const void *)stream, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)stream_bytes));
+    CUDA_CHECK(cudaFuncSetAttribute((const void *)rank, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)rank_bytes));
+    stream<<<(unsigned)a.R, THREADS, stream_bytes, cuda_state_of(be)->stream>>>(a.parts, a.lists, (const T *)a.logits, shape, a.V, (int)a.Vv);
+    CUDA_CHECK(cudaGetLastError());
+    rank<<<(unsigned)a.R, RANK_THREADS, rank_bytes, cuda_state_of(be)->stream>>>(*a.out, a.parts, a.lists, (const T *)a.logits, a.labels, shape, SLOTS, SQUARES, a.V, (int)a.Vv);
+    CUDA_CHECK(cudaGetLastError());
 }
 
 /* In bf16, which dumps are made in, up to three temperatures, of which the first is the lowest, have kernels of their own. */
-static void by_slots(struct backend *be, const targets_out &o, const act *logits, const int32_t *labels, const targets_shape &shape, int64_t R, int64_t V, int64_t Vv)
+static void by_slots(struct backend *be, const launch_args &a)
 {
     typedef bf16 T;
     constexpr int W = vector_width<T>();
+    const targets_shape &shape = *a.shape;
     bool lowest = shape.slot_of[0] == shape.slots - 1;
     switch (shape.slots > 3 ? 0 : lowest ? shape.slots * 8 + shape.squares : shape.slots) {
-    case 8:      launch<T, W, 1, 0, 0>(be, o, logits, labels, shape, R, V, Vv); break;
-    case 16:     launch<T, W, 2, 0, 1>(be, o, logits, labels, shape, R, V, Vv); break;
-    case 16 + 2: launch<T, W, 2, 2, 1>(be, o, logits, labels, shape, R, V, Vv); break;
-    case 24:     launch<T, W, 3, 0, 2>(be, o, logits, labels, shape, R, V, Vv); break;
-    case 24 + 2: launch<T, W, 3, 2, 2>(be, o, logits, labels, shape, R, V, Vv); break;
-    case 24 + 4: launch<T, W, 3, 4, 2>(be, o, logits, labels, shape, R, V, Vv); break;
-    case 24 + 6: launch<T, W, 3, 6, 2>(be, o, logits, labels, shape, R, V, Vv); break;
-    case 2:      launch<T, W, 2, 0, -1>(be, o, logits, labels, shape, R, V, Vv); break;
-    case 3:      launch<T, W, 3, 0, -1>(be, o, logits, labels, shape, R, V, Vv); break;
-    default:     launch<T, W, MAX_T + 1, 0, -1>(be, o, logits, labels, shape, R, V, Vv);
+    case 8:      launch<T, W, 1, 0, 0>(be, a); break;
+    case 16:     launch<T, W, 2, 0, 1>(be, a); break;
+    case 16 + 2: launch<T, W, 2, 2, 1>(be, a); break;
+    case 24:     launch<T, W, 3, 0, 2>(be, a); break;
+    case 24 + 2: launch<T, W, 3, 2, 2>(be, a); break;
+    case 24 + 4: launch<T, W, 3, 4, 2>(be, a); break;
+    case 24 + 6: launch<T, W, 3, 6, 2>(be, a); break;
+    case 2:      launch<T, W, 2, 0, -1>(be, a); break;
+    case 3:      launch<T, W, 3, 0, -1>(be, a); break;
+    default:     launch<T, W, MAX_T + 1, 0, -1>(be, a);
     }
+}
+
+/* Entries that a row's list has room for: some three times what rows of independent logits put there at 152k ids */
+static int list_room(int K) { return K <= 64 ? 896 : 16 * K; }
+
+/* Parts and lists of a launch; a chunk whose rows need more goes in several. */
+constexpr size_t MOST_SCRATCH = CUDA_PRODUCT_WORKSPACE;
+static size_t row_scratch(int K) { return sizeof(row_part) + (size_t)list_room(K) * sizeof(unsigned long long); }
+
+extern "C" size_t cuda_teacher_targets_scratch(struct backend *be, const struct op_limits *l)
+{
+    (void)be;
+    size_t all = (size_t)l->chunk_rows * row_scratch(MAX_K) + 256;      /* a model's limits do not say which K its targets have */
+    return all < MOST_SCRATCH ? all : MOST_SCRATCH;
 }
 
 extern "C" void cuda_teacher_targets(struct backend *be, const struct teacher_targets *out, const act *logits, const int32_t *labels, int64_t R, int64_t V, int64_t Vv)
@@ -531,15 +668,29 @@ extern "C" void cuda_teacher_targets(struct backend *be, const struct teacher_ta
     shape.K = out->K;
     shape.entropy = out->entropy != NULL;
     shape.unit_slot = unit >= 0 ? shape.slot_of[unit] : -1;
+    shape.room = list_room(out->K);
     for (int i = shape.slots; i <= MAX_T; i++) { shape.inv_T[i] = shape.inv_T[0]; shape.c[i] = shape.c[0]; }
-    targets_out o = {out->head_ids, out->head_logprob, out->lse, out->tail_logmass, out->entropy, out->label_logprob, out->padding_mass};
-    DISPATCH(be->act_dtype, E,
-        constexpr int W = vector_width<E>();
-        bool wide = V % W == 0 && aligned16(logits);
-        if (wide && sizeof(E) == 2) by_slots(be, o, logits, labels, shape, R, V, Vv);
-        else if (wide) launch<E, W, MAX_T + 1, 0, -1>(be, o, logits, labels, shape, R, V, Vv);
-        else launch<E, 1, MAX_T + 1, 0, -1>(be, o, logits, labels, shape, R, V, Vv));
-    CUDA_CHECK(cudaGetLastError());
+    size_t per_row = row_scratch(out->K);
+    int64_t launches = div_up(R, (int64_t)((MOST_SCRATCH - 256) / per_row)), rows = div_up(R, launches);
+    char *scratch = (char *)cuda_scratch(be, (size_t)rows * per_row + 256);
+    unsigned long long *lists = (unsigned long long *)(void *)(scratch + cuda_round_up((size_t)rows * sizeof(row_part)));
+    for (int64_t first = 0; first < R; first += rows) {
+        targets_out o = {out->head_ids, out->head_logprob, out->lse, out->tail_logmass, out->entropy, out->label_logprob, out->padding_mass};
+        if (o.head_ids) o.head_ids += first * out->K;
+        if (o.head_logprob) o.head_logprob += first * out->K;
+        if (o.lse) o.lse += first * nT;
+        if (o.tail_logmass) o.tail_logmass += first * nT;
+        if (o.entropy) o.entropy += first;
+        if (o.label_logprob) o.label_logprob += first;
+        if (o.padding_mass) o.padding_mass += first;
+        DISPATCH(be->act_dtype, E,
+            constexpr int W = vector_width<E>();
+            launch_args a = {&o, (row_part *)(void *)scratch, lists, (const act *)((const E *)logits + first * V), labels ? labels + first : NULL, &shape, least(rows, R - first), V, Vv};
+            bool wide = V % W == 0 && aligned16(logits);
+            if (wide && sizeof(E) == 2) by_slots(be, a);
+            else if (wide) launch<E, W, MAX_T + 1, 0, -1>(be, a);
+            else launch<E, 1, MAX_T + 1, 0, -1>(be, a));
+    }
     if (!out->full) return;
     DISPATCH(be->act_dtype, E, scaled_logits_kernel<E><<<dim3((unsigned)div_up(Vv, 256), (unsigned)least(R, 65535)), 256, 0, cuda_state_of(be)->stream>>>(
         out->full, (const E *)logits, 1 / out->temperatures[0], R, V, Vv));

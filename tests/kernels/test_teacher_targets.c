@@ -5,13 +5,15 @@
 #include <math.h>
 #include <string.h>
 
-enum situation { ORDINARY, TIES, SURE, FAR_APART, UNIFORM, MASKED, NO_LABEL, SITUATIONS };
+enum situation { ORDINARY, TIES, SURE, FAR_APART, UNIFORM, MASKED, RISING, NO_LABEL, SITUATIONS };
 enum wanted { HEAD_IDS = 1, HEAD_LOGPROB = 2, LSE = 4, TAIL = 8, ENTROPY = 16, LABEL = 32, PADDING = 64, FULL = 128, ALL = 255 };
 
 struct targets_case { int64_t V, Vv; int K, nT; float T[3]; int wanted; };
 static const struct targets_case cases[] = {
     {1, 1, 1, 1, {1}, ALL},               {37, 33, 1, 1, {1}, ALL},              {37, 33, 8, 3, {1, 3, 0.3f}, ALL},  {40, 33, 33, 2, {2, 1}, ALL},
     {33, 33, 32, 2, {0.1f, 20}, ALL},     {300, 300, 64, 1, {3}, ALL},           {2051, 2048, 256, 2, {1, 2}, ALL},  {515, 512, 16, 3, {1, 2, 4}, ALL},
+    /* rows of many vectors a thread, whole vectors and not, that begin at any element and not */
+    {50000, 49937, 64, 3, {1, 2, 4}, ALL}, {50000, 50000, 256, 2, {2, 1}, ALL},  {12297, 12290, 20, 1, {1}, ALL},    {40960, 40960, 1, 3, {1, 2, 3}, ALL},
     {64, 50, 0, 1, {1}, LSE | TAIL | ENTROPY | LABEL | PADDING | FULL},
     {64, 50, 5, 2, {1, 3}, HEAD_IDS},     {64, 50, 5, 2, {1, 3}, HEAD_LOGPROB},  {64, 50, 5, 2, {1, 3}, LSE},        {64, 50, 5, 2, {1, 3}, TAIL},
     {64, 50, 5, 2, {1, 3}, ENTROPY},      {64, 50, 5, 2, {1, 3}, LABEL},         {64, 50, 5, 2, {1, 3}, FULL},       {64, 50, 5, 2, {1, 3}, PADDING},
@@ -36,6 +38,7 @@ static struct inputs make_inputs(struct rig *r, const struct targets_case *c)
             if (n == FAR_APART) t[j] *= 16;
             if (n == UNIFORM) t[j] = 1.5f;
             if (n == MASKED && j < c->Vv && j % 3 == 1) t[j] = -INFINITY;
+            if (n == RISING && j < c->Vv) t[j] = bf16_to_float(bf16_from_float(t[j] / 4 + 8.0f * (float)j / (float)c->Vv));
             if (!(c->wanted & PADDING) && j >= c->Vv) t[j] = j % 2 ? NAN : 1e30f;   /* padding is read for its mass, else never */
         }
         in.labels[n] = n == NO_LABEL ? -1 : (int32_t)((best + (n == MASKED ? 0 : n)) % c->Vv);
