@@ -240,8 +240,7 @@ static void memory(struct kernels *k)
     k->op->release_host(k->b.be, pinned);
 }
 
-/* On a GPU only when it is named: kernels that have yet to pass their tests there must not end a bench of the others. */
-static bool fp8_wanted(const struct kernels *k, const char *name) { return k->b.be->fp8 && (k->b.be->host_memory || k->n_words) && wanted(k, name); }
+static bool fp8_wanted(const struct kernels *k, const char *name) { return k->b.be->fp8 && wanted(k, name); }
 
 static bool rounding_wanted(const struct kernels *k) { return fp8_wanted(k, "rmsnorm_forward_fp8") || fp8_wanted(k, "swiglu_forward_fp8") || fp8_wanted(k, "swiglu_backward_fp8"); }
 
