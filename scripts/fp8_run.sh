@@ -26,7 +26,7 @@ for seed in ${SEEDS:-1 2}; do
     for matmul in native fp8; do
         name=$matmul-$seed
         "$distill" train configs/gpu/distill.yaml --set student.config=configs/gpu/teacher.json --set optimizer.lr=6e-4 --set train.steps=1200 --set train.batch_rows=16 \
-            --set train.micro_rows=16 --set train.eval_every=100 --set train.log_every=100 --set train.matmul=$matmul --set run.seed="$seed" --set run.dir="$out/$name" "${settings[@]}" --resume
+            --set train.micro_rows=16 --set train.eval_every=100 --set train.log_every=100 "${settings[@]}" --set train.matmul=$matmul --set run.seed="$seed" --set run.dir="$out/$name" --resume
         curves+=("$name=$out/$name")
         models+=(--model "$name=$(ls -d "$out/$name/checkpoints"/step-* | tail -1)")
     done
@@ -34,7 +34,7 @@ for seed in ${SEEDS:-1 2}; do
 done
 scripts/plot_curves.sh '' "${curves[@]}" >"$out/curves.svg"
 "$distill" eval configs/gpu/distill.yaml "${models[@]}" "${settings[@]}"
-awk '{
+awk 'NF != 5 { print "fp8_run: seed " $1 ": a run left no held-out loss"; bad = 2; exit } {
     d = 100 * ($3 - $2) / $2; sum += d
     printf "seed %s: held-out loss native %.4f, fp8 %.4f (%+.2f %%); cross entropy %.4f, %.4f (%+.2f %%)\n", $1, $2, $3, d, $4, $5, 100 * ($5 - $4) / $4
-} END { printf "mean %+.2f %%\n", sum / NR; exit !(sum / NR <= 0.5 && sum / NR >= -0.5) }' <<<"${pairs%$'\n'}"
+} END { if (bad) exit bad; printf "mean %+.2f %%\n", sum / NR; exit !(sum / NR <= 0.5 && sum / NR >= -0.5) }' <<<"${pairs%$'\n'}"

@@ -1,10 +1,10 @@
 #!/bin/bash
 # On a machine with a Hopper GPU: builds with CUDA (or takes a finished build directory), runs the gpu suite (ops, and optimizer steps of a whole model) and `distill check` of
-# every golden case with device cuda, in fp32 and bf16, and prints one table last. Exit code 0 when every line of it passed.
+# every golden case with device cuda, in fp32 and bf16, native and fp8, and prints one table last. Exit code 0 when every line of it passed, or was refused because a GPU does not multiply such widths in fp8.
 #
 #   scripts/gpu.sh [BUILD_DIR [LIBRARY_DIR]]     BUILD_DIR     default build-gpu; configured and built here unless it holds a program already
 #                                                LIBRARY_DIR   libraries the build needs and this machine lacks
-#   SANITIZE=1    also compute-sanitizer memcheck and racecheck over every op test, at most SANITIZE_CASES cases of a list (default 12) and 120 s a line
+#   SANITIZE=1    also compute-sanitizer memcheck and racecheck over every op test, at most SANITIZE_CASES cases of a list (default 12) and 120 s a line, times JOBS
 #   BENCH=1       also distill bench at every shape of configs/bench/h200-*; or a list of PART:CONFIG[:SETTING...], as BENCH="kernels:h200-7b train:h200-7b:train.matmul=fp8". What it
 #                 prints goes to BUILD_DIR/bench-PART-CONFIG-SETTING.txt, its figures, one JSON line each, to BUILD_DIR/bench.jsonl
 #   GOLDEN="A B"  folders with golden cases; default tests/golden and ../shared/golden
@@ -15,8 +15,10 @@ build=${1:-$root/build-gpu}
 [ $# -gt 1 ] && export LD_LIBRARY_PATH=$(cd "$2" && pwd)${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 golden=${GOLDEN:-"$root/tests/golden $root/../shared/golden"}
 log=$(mktemp -d) || exit 4
-trap 'rm -rf "$log"' EXIT
+trap 'for j in $(jobs -p); do pkill -P $j; kill $j; done 2>/dev/null; rm -rf "$log"' EXIT
+trap 'exit 130' INT TERM
 jobs=${JOBS:-4}
+case $jobs in '' | *[!0-9]* | 0) echo "scripts/gpu.sh: JOBS=$jobs: a number of 1 or more" >&2; exit 2 ;; esac
 
 if ! nvidia-smi >/dev/null 2>&1; then echo "scripts/gpu.sh: no NVIDIA GPU here (nvidia-smi fails)" >&2; exit 2; fi
 nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,power.limit --format=csv,noheader
@@ -37,8 +39,8 @@ note() {
     77) verdict=SKIPPED ;;
     *)
         verdict="FAILED ($4)"
-        # some of the small models have widths that a GPU does not multiply in fp8
-        grep -qs 'multiplies in fp8 only widths that are multiples of' "$1" && verdict="refused, as it should be" ;;
+        # some of the small models have widths that a GPU does not multiply in fp8: a usage error, which passes
+        case $2:$4 in "check "*fp8:2) grep -qs 'multiplies in fp8 only widths that are multiples of' "$1" && verdict="refused: its widths" ;; esac ;;
     esac
     printf '%-44s %6ss  %s\n' "$2" "$3" "$verdict" > "$1.line"
 }
@@ -48,6 +50,7 @@ run() {  # run NAME COMMAND...: in the background, $jobs at once
     shift
     next
     while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do wait -n; done
+    printf '%-44s %6s   FAILED: nothing came back\n' "$name" - > "$file.line"
     (
         begin=$SECONDS
         OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + jobs - 1) / jobs))} timeout $limit "$@" > "$file" 2>&1
@@ -65,7 +68,7 @@ if [ "${SANITIZE:-0}" = 1 ] && ! command -v compute-sanitizer >/dev/null; then
     note "$file" "memcheck, racecheck: no compute-sanitizer" 0 77
 elif [ "${SANITIZE:-0}" = 1 ]; then
     export OPS_CASES=${SANITIZE_CASES:-12}
-    limit=120
+    limit=$((120 * jobs))
     for test in "$build"/tests/test_kernels_*; do
         [ -f "$test" ] && [ -x "$test" ] && [ -n "$(gpu_parts "$test")" ] || continue
         name=${test##*/test_kernels_}
@@ -105,6 +108,7 @@ if [ "$benches" != 0 ]; then
         grep -v '^{' "$out"
     done
 fi
+[ $line -gt 0 ] || { echo "scripts/gpu.sh: there was nothing to run: no tests in $build, no case in $golden" >&2; exit 1; }
 for file in "$log"/*.line; do
     grep -q 'FAILED' "$file" && [ -f "${file%.line}" ] && { printf '\n== '; cat "$file"; tail -n 25 "${file%.line}"; }
 done

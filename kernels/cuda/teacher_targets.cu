@@ -17,10 +17,10 @@
 #include "kernels/cuda/row_stats.cuh"
 
 enum { THREADS = 256, BLOCKS = 4, AHEAD = 4, SAMPLE = 16, NOTES = 2048,        /* of the first kernel; a stage is a vector of every thread: AHEAD of them on their way, SAMPLE before the floor */
-       RANK_THREADS = 64, SORTED = 384, MAX_K = 256, MAX_T = 8 };
-static_assert(MAX_K <= 2 * THREADS, "a thread has two maxima");
+       RANK_THREADS = 64, SORTED = 512, MAX_K = 256, MAX_T = 8 };
+static_assert(MAX_K <= 2 * THREADS && MAX_K <= SORTED && (SORTED & (SORTED - 1)) == 0, "a thread has two maxima; a head is sorted, in room for a power of two");
 constexpr float GONE = -1e30f;          /* stands in for a logit that is counted elsewhere: exponentials of it are 0, and 0 * GONE is 0 */
-constexpr float TINY = 1e-30f;          /* below it a sum relative to the floor has lost its digits to underflow */
+constexpr float TINY = 1e-25f;          /* below it a sum relative to the floor has lost digits to underflow: 262,144 terms that are not quite 2^-126 */
 
 /* A slot per temperature, the largest first; one more for the padding's mass where T = 1 is not listed. Bit i of `squares`: slot i is half of slot i - 1. */
 struct targets_shape {
@@ -30,7 +30,7 @@ struct targets_shape {
 };
 struct targets_out { int32_t *head_ids; float *head_logprob, *lse, *tail_logmass, *entropy, *label_logprob, *padding_mass; };
 
-/* What the first kernel leaves of a row, beside its list: sums over all that is below the floor, as they ran. count: entries; more than there is room for where it overflowed. */
+/* What the first kernel leaves of a row, beside its list: sums over all that is below the floor, still of 2^{t c - shift}. count: entries; more than there is room for where it overflowed. */
 struct row_part { double total[MAX_T + 2]; float floor; int count; };
 
 template <typename T, int W> struct __align__(16) stream_shared {
@@ -51,7 +51,7 @@ struct __align__(16) rank_shared {
     unsigned long long sorted[SORTED];  /* of the list, what the head is taken from */
     union {
         unsigned histogram[256];        /* of a row that is done again */
-        struct { long long head[MAX_T + 1], tail[MAX_T + 1], spread; } units[RANK_THREADS / 32];       /* a warp's sums over the list */
+        struct { long long others[MAX_T + 1], tail[MAX_T + 1], spread; } units[RANK_THREADS / 32];     /* a warp's sums over the list: all but the largest, what is not of the head, the entropy's */
     };
     float partial[RANK_THREADS / 32][MAX_T + 2];
     double total[MAX_T + 2], lse[MAX_T + 1], tail_logmass[MAX_T + 1];
@@ -84,7 +84,7 @@ template <typename Counts> __device__ __forceinline__ uint32_t kth_key(int (*rea
     return prefix;
 }
 
-/* The K-th largest of 32 N keys of logits of type T, by one warp, a bit at a time from the first in which they differ. (By all of them it would take as long, and the others' instructions.) */
+/* The K-th largest of 32 N keys of logits of type T, by one warp, a bit at a time from the first in which they differ. (By all warps it would take as long, and the others' instructions.) */
 template <typename T, int N> __device__ __forceinline__ uint32_t kth_of_keys(const uint32_t *keys, int K)
 {
     constexpr int bits = 8 * (int)sizeof(T);                /* the leading ones; the others are 1 where the logit is negative, else 0 */
@@ -110,7 +110,7 @@ template <typename T, int N> __device__ __forceinline__ uint32_t kth_of_keys(con
     return bits < 32 && !(prefix >> 31) ? prefix | 0xffffu : prefix;
 }
 
-/* -infinity becomes GONE, two bf16 at a time: then y (t c - shift) is 0 where y is. NaN stays NaN. */
+/* -infinity becomes GONE, by finite() or, two bf16 at a time, before: then y (t c - shift) is 0 where y is. NaN stays NaN. */
 template <typename T, int W> __device__ __forceinline__ void make_finite(packed<T, W> &v)
 {
     if constexpr (sizeof(T) == 2 && W % 2 == 0) {
@@ -170,8 +170,8 @@ template <typename T, int W> __device__ __forceinline__ void keep_below(packed<T
     v = pack<T, W>(t);
 }
 
-/* The first n entries, which are all different, in descending order. Few of them find their places by counting which are larger, without a barrier between; more go through a bitonic sort,
- * padded with 0 (which ranks after every logit) to a power of two. */
+/* The first n <= SORTED entries, which are all different, in descending order. Few of them find their places by counting which are larger, without a barrier between; more go through a bitonic
+ * sort, padded with 0 (which ranks after every logit) to a power of two. */
 __device__ __forceinline__ void sort_descending(unsigned long long *list, int n)
 {
     if (n <= 2 * RANK_THREADS) {
@@ -206,8 +206,8 @@ __device__ __forceinline__ void sort_descending(unsigned long long *list, int n)
     __syncthreads();
 }
 
-/* The list's entries in order, as many as reach its K-th largest logit, at least min(K, count): in s.sorted, or, where ties are too many, in the list. */
-template <typename T> __device__ __forceinline__ const unsigned long long *sort_head(rank_shared &s, unsigned long long *list, int count, int K)
+/* What of the list reaches its K-th largest logit, at least min(K, count) entries, into s.sorted, in any order; s.reaching: how many, more than SORTED where ties are too many. */
+template <typename T> __device__ __forceinline__ void part_head(rank_shared &s, const unsigned long long *list, int count, int K)
 {
     constexpr int bits = 8 * (int)sizeof(T);
     if (threadIdx.x < 16) s.reach[threadIdx.x][0] = s.reach[threadIdx.x][1] = s.reach[threadIdx.x][2] = 0;
@@ -247,10 +247,6 @@ template <typename T> __device__ __forceinline__ const unsigned long long *sort_
         if (at < SORTED) s.sorted[at] = e;
     }
     __syncthreads();
-    bool few = s.reaching <= SORTED;
-    unsigned long long *from = few ? s.sorted : list;
-    sort_descending(from, few ? s.reaching : count);
-    return from;
 }
 
 /* total[i] = sum over the block of x[i] */
@@ -297,11 +293,6 @@ __device__ __noinline__ void row_again(rank_shared &s, unsigned long long *list,
     unsigned long long prefix = 0, mask = 0;
     int wanted = K;
     for (int shift = 56; shift >= 0; shift -= 8) {
-        if (sizeof(T) == 2 && shift == 40) {                /* the other half of a bf16's key says what its sign said */
-            if (!(prefix >> 63)) prefix |= 0xffffull << 32;
-            mask |= 0xffffull << 32;
-            shift = 24;
-        }
         __syncthreads();
         for (int i = threadIdx.x; i < 256; i += RANK_THREADS) s.histogram[i] = 0;
         __syncthreads();
@@ -386,7 +377,7 @@ template <typename T, int W> __device__ __noinline__ void take_vector(unsigned l
         }
 }
 
-/* T0: the slot of the first temperature, -1: whichever the shape says. Bit i of SQUARES: slot i takes the square of slot i - 1. total[SLOTS] of a part: the sum of 2^e times e at T0. */
+/* T0: the slot of the first temperature, -1: whichever the shape says. Bit i of SQUARES: slot i takes the square of slot i - 1. total[SLOTS] of a part: the sum of 2^e times e at T0; where T0's slot is a square, e is its root's exponent. */
 template <typename T, int W, int SLOTS, int SQUARES, int T0>
 __global__ void __launch_bounds__(THREADS, BLOCKS) stream_kernel(row_part *parts, unsigned long long *lists, const T *__restrict__ logits, const __grid_constant__ targets_shape shape, int64_t V, int Vv)
 {
@@ -398,7 +389,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) stream_kernel(row_part *parts
     const int T0_slot = T0 >= 0 ? T0 : shape.slot_of[0];
 
     /* 1: the floor. What fills no stage is stage -1, a vector of some threads, and an element of fewer. */
-    int at_last = stages * THREADS + me, before = (int)div_up(stages + (vectors > stages * THREADS), AHEAD) * AHEAD - stages;         /* stages before 0, that whole rounds of AHEAD are left */
+    int at_last = stages * THREADS + me, before = (int)div_up(stages + (vectors > stages * THREADS), AHEAD) * AHEAD - stages;         /* stages before 0: they fill the first round of AHEAD up */
     bool has_element = me < Vv - vectors * W;
     packed<T, W> ahead[AHEAD];
     float most[2] = {-CUDART_INF_F, -CUDART_INF_F}, element = -CUDART_INF_F;
@@ -437,7 +428,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) stream_kernel(row_part *parts
         }
     }
     __syncthreads();
-    float reached = key_value(s.kth), floor = reached > -CUDART_INF_F ? reached : 0;
+    float reached = key_value(s.kth), floor = reached > GONE ? reached : 0;
 
     /* 2: the stream */
     float sum[SLOTS + 1] = {}, shift[SLOTS];
@@ -540,14 +531,22 @@ __global__ void __launch_bounds__(RANK_THREADS) rank_kernel(targets_out out, con
     __syncthreads();
     bool again = count > shape.room;
     if (!again && count == K && Vv > count) for (int i = 0; i < shape.nT; i++) again |= s.total[shape.slot_of[i]] < TINY;
+    if (!again) {
+        part_head<T>(s, list, count, K);
+        again = s.reaching > SORTED;
+    }
     __syncthreads();
     if (again) {
         row_again<T, W>(s, list, floor, row, shape, K, Vv);
         count = K;
+        for (int k = threadIdx.x; k < K; k += RANK_THREADS) s.sorted[k] = list[k];
+        if (threadIdx.x == 0) s.reaching = K;
+        __syncthreads();
     }
 
-    /* 3: the ranking, and what follows from it; NaN in a row leaves fewer entries than K and NaN in its sums */
-    const unsigned long long *sorted = sort_head<T>(s, list, count, K);
+    /* 3: the ranking, and what follows from it; NaN in a row leaves NaN in its sums, and the list short of entries or with NaN on top */
+    const unsigned long long *sorted = s.sorted;
+    sort_descending(s.sorted, s.reaching);
     unsigned long long last = count >= K ? sorted[K - 1] : 0;                 /* of the head: what ranks after it is tail */
     float top = count ? ranked_logit(sorted[0]) : floor, second = -CUDART_INF_F;
     for (int k = threadIdx.x; k < count; k += RANK_THREADS) if (list[k] < last) second = fmaxf(second, ranked_logit(list[k]));
@@ -560,21 +559,21 @@ __global__ void __launch_bounds__(RANK_THREADS) rank_kernel(targets_out out, con
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     for (int i = 0; i < shape.slots; i++) {
         bool with_spread = i == T0_slot && shape.entropy;
-        long long head = 0, tail = 0, spread = 0;
+        long long others = 0, tail = 0, spread = 0;
         float c = shape.c[i];
         for (int k = threadIdx.x; k < count; k += RANK_THREADS) {
             unsigned long long entry = list[k];
             float t = ranked_logit(entry), y = exp2_fast((t - next) * c);
             if (entry < last) tail += whole_units(exp2_fast((t - second) * c));
             if (entry == sorted[0]) continue;                                 /* the largest, whose term is 1 */
-            head += whole_units(y);
+            others += whole_units(y);
             if (with_spread && t > -CUDART_INF_F) spread += whole_units(y * ((next - t) * shape.inv_T[i]));
         }
-        head = warp_reduce(head, add_op());
+        others = warp_reduce(others, add_op());
         tail = warp_reduce(tail, add_op());
         if (with_spread) spread = warp_reduce(spread, add_op());
         if (lane) continue;
-        s.units[warp].head[i] = head;
+        s.units[warp].others[i] = others;
         s.units[warp].tail[i] = tail;
         if (with_spread) s.units[warp].spread = spread;
     }
@@ -583,14 +582,14 @@ __global__ void __launch_bounds__(RANK_THREADS) rank_kernel(targets_out out, con
     if ((int)threadIdx.x < shape.slots) {
         int i = threadIdx.x;
         bool with_spread = i == T0_slot && shape.entropy;
-        long long head_units = 0, tail_units = 0, spread_units = 0;
+        long long others_units = 0, tail_units = 0, spread_units = 0;
         for (int w = 0; w < RANK_THREADS / 32; w++) {
-            head_units += s.units[w].head[i];
+            others_units += s.units[w].others[i];
             tail_units += s.units[w].tail[i];
             if (with_spread) spread_units += s.units[w].spread;
         }
         double inv_T = shape.inv_T[i], rest = s.total[i], below = ((double)floor - top) * inv_T, at_floor = exp_short(below), to_top = exp_short(((double)next - top) * inv_T);
-        double near_top = (double)head_units / UNITS;
+        double near_top = (double)others_units / UNITS;
         double others = top < CUDART_INF_F ? near_top * to_top : CUDART_NAN;  /* beside the largest, whose term is 1; a logit of infinity leaves no distribution */
         double mass = (double)tail_units / UNITS;
         if (rest != 0) {                                                      /* NaN too */
