@@ -161,7 +161,7 @@ int bench_teacher(const struct config *c, const char *shape)
     double seconds = now_seconds() - start;
     shard_writer_close(t.writer);
     t.writer = NULL;
-    printf("        %lld rows in %lld sealed shards (%.0f bytes per token), in %s\n", (long long)rows, (long long)shard_count(&m), (double)shard_bytes(&m, 0) / (double)(per_shard * L), dir);
+    printf("        %lld rows in %lld sealed shards (%.0f bytes per token) in %.1f s, in %s\n", (long long)rows, (long long)shard_count(&m), (double)shard_bytes(&m, 0) / (double)(per_shard * L), seconds, dir);
     printf("        the writer's thread was at work %.2f s, %.1f %% of the time, beside the device\n", t.writing, 100 * t.writing / seconds);
     bench_figure(b, "writer_busy", t.writing / seconds, "share of time");
     bench_memory_end(b, t.p->plan);

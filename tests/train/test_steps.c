@@ -1,5 +1,5 @@
 /* Optimizer steps of a whole small model, through train_gradients() and AdamW as train and bench run them, on any device: a loss curve against the CPU's, recompute,
- * accumulation, a run repeated. Every test is there as cpu/..., where this file proves itself, and runs as gpu/fp32, gpu/bf16 and gpu/exact where there is a GPU.
+ * accumulation, a run repeated. Every test is there as cpu/..., where this file proves itself, and runs as gpu/fp32, gpu/bf16, gpu/exact and, with products in fp8, gpu/fp8 where there is a GPU.
  *
  * Heads of 16 and documents within a row take bf16 through cuDNN's attention, whose backward adds in an order of its own; that order does not show while a document
  * fits one of its tiles, so recompute can be held to the bit there, too. */
@@ -27,7 +27,7 @@ static const struct shape { const char *architecture, *more; bool tie; int64_t l
 enum { SHAPES = sizeof shapes / sizeof *shapes };
 
 /* Bounds: of a step's loss and gradient norm against the CPU's, over the curve; of a loss and of gradients (relative L2) when only the split into micro-batches differs. */
-struct way { const char *device, *precision, *recipe; bool exact_rows, deterministic, master; double loss, norm, split_loss, split_gradient; double lr /* 0: a rate at which a curve falls in 20 steps */; };
+struct way { const char *device, *precision, *recipe; bool exact_rows, deterministic, master; double loss, norm, split_loss, split_gradient; double lr /* 0: a rate at which a curve falls in 20 steps */; bool fp8; };
 
 struct walk {
     double loss[CURVE], norm[CURVE];
@@ -61,7 +61,7 @@ static struct walk walk(const struct way *way, const struct shape *shape, enum r
     struct fixture f;
     struct fixture_options o = {.architecture = shape->architecture, .more = shape->more, .tie = shape->tie, .rows = micro_rows, .length = shape->length, .head_rows = shape->length, .recompute = recompute,
                                 .kind = TARGET_TOPK, .k = K, .loss = mixed, .seed = 5, .exact_rows = way->exact_rows, .device = way->device, .precision = way->precision,
-                                .deterministic = way->deterministic, .recipe = way->recipe, .master = way->master};
+                                .deterministic = way->deterministic, .recipe = way->recipe, .master = way->master, .fp8 = way->fp8};
     struct batch *part[BATCHES][ROWS];
     int n = (int)(ROWS / micro_rows);
     double targets[BATCHES] = {0};
@@ -71,6 +71,7 @@ static struct walk walk(const struct way *way, const struct shape *shape, enum r
     if (start) {
         f.be->ops->upload_act(f.be, f.model->weights, start, w.total);
         optimizer_master_from_weights(f.optimizer);
+        model_weights_changed(f.model);
     }
     w.start = weights_of(&f);
     for (int b = 0; b < BATCHES; b++) {
@@ -90,6 +91,7 @@ static struct walk walk(const struct way *way, const struct shape *shape, enum r
             f.be->ops->download_grad(f.be, w.first_gradient, f.model->grads, w.total);
         }
         optimizer_step(f.optimizer, s + 1, way->lr > 0 ? way->lr : fast);
+        model_weights_changed(f.model);
     }
     w.end = weights_of(&f);
     for (int b = 0; b < BATCHES; b++) for (int i = 0; i < n; i++) batch_free(part[b][i]);
@@ -102,7 +104,7 @@ static double off(double a, double b) { return a == b ? 0 : fabs(a - b) / fabs(b
 /* Twenty steps on the device and on the CPU, from the same weights. */
 static void curve_is_the_cpus(const struct way *way)
 {
-    static const struct way cpu = {.device = "cpu"};
+    const struct way cpu = {.device = "cpu", .fp8 = way->fp8};
     for (int s = 0; s < 2; s++) {
         struct walk got = walk(way, &shapes[s], RECOMPUTE_NONE, ROWS, CURVE, NULL), want = walk(&cpu, &shapes[s], RECOMPUTE_NONE, ROWS, CURVE, got.start);
         double worst_loss = 0, worst_norm = 0;
@@ -220,21 +222,30 @@ static void everything(const struct way *way)
     a_run_repeated_is_the_same(&deterministic);
 }
 
-static const struct way blas = {"cpu", NULL, NULL, false, false, false, 1e-5, 1e-4, 1e-6, 2e-6, 0}, exact = {"cpu", NULL, NULL, true, false, false, 1e-5, 1e-4, 0, 2e-6, 0};
+static const struct way blas = {"cpu", NULL, NULL, false, false, false, 1e-5, 1e-4, 1e-6, 2e-6, 0, false}, exact = {"cpu", NULL, NULL, true, false, false, 1e-5, 1e-4, 0, 2e-6, 0, false};
 Test(cpu, curve) { curve_is_the_cpus(&exact); }
 Test(cpu, recompute) { recompute_changes_no_bit(&blas); }
 Test(cpu, master) { a_master_changes_no_bit(&blas); small_steps_add_up(&exact, 1e-3); }
 Test(cpu, repeated) { a_run_repeated_is_the_same(&blas); }
 Test(cpu, accumulation) { accumulation_is_one_objective(&blas); accumulation_is_one_objective(&exact); }
+/* Products in fp8. That dy takes one scale in a whole micro-batch costs only what becomes subnormal there, so that micro-batches may still be cut anywhere. */
+static const struct way fp8 = {"cpu", NULL, NULL, false, false, false, 1e-5, 1e-4, 1e-6, 5e-6, 0, true};
+Test(cpu, fp8) { recompute_changes_no_bit(&fp8); accumulation_is_one_objective(&fp8); a_run_repeated_is_the_same(&fp8); }
 /* On the CPU another order of sums moves the curve by up to 3e-7 and the norms by 2e-6; AdamW's first steps, signs of tiny gradients, magnify a device's own. Weights, gradients
  * and moments kept in bf16 there move the losses by 6e-4 and the norms by 1.2e-2, before any activation is rounded. */
-Test(gpu, fp32) { everything(&(struct way){"cuda", "fp32", NULL, false, false, false, 1e-5, 1e-4, 1e-6, 1e-5, 0}); }
-Test(gpu, bf16) { everything(&(struct way){"cuda", "bf16", "compact", false, false, false, 1e-2, 5e-2, 2e-3, 1e-2, 0}); }
+Test(gpu, fp32) { everything(&(struct way){"cuda", "fp32", NULL, false, false, false, 1e-5, 1e-4, 1e-6, 1e-5, 0, false}); }
+Test(gpu, bf16) { everything(&(struct way){"cuda", "bf16", "compact", false, false, false, 1e-2, 5e-2, 2e-3, 1e-2, 0, false}); }
 /* Rounded activations, which this recipe has too, are most of what moves the curve: the CPU with every op's output rounded to bf16 and the weights rounded from a master is off by up to
  * 1.8e-3 in losses and 3.1e-2 in norms. What the recipe is for shows in small steps: 1.8e-2 there, and 1.8 with weights, gradients and moments in bf16. */
 Test(gpu, exact)
 {
-    static const struct way way = {"cuda", "bf16", "exact", false, false, false, 5e-3, 5e-2, 2e-3, 1e-2, 0};
+    static const struct way way = {"cuda", "bf16", "exact", false, false, false, 5e-3, 5e-2, 2e-3, 1e-2, 0, false};
     everything(&way);
     small_steps_add_up(&way, 6e-2);
+}
+/* A number that lies between two of fp8 goes to either of them where devices differ in its last bit, 2^-4 of it away: most of what moves these. */
+Test(gpu, fp8)
+{
+    everything(&(struct way){"cuda", "fp32", NULL, false, false, false, 1e-2, 5e-2, 1e-2, 5e-2, 0, true});
+    everything(&(struct way){"cuda", "bf16", "compact", false, false, false, 2e-2, 1e-1, 1e-2, 1e-1, 0, true});
 }
