@@ -16,7 +16,7 @@
  * relative to the rest's own maximum. */
 #include "kernels/cuda/row_stats.cuh"
 
-enum { THREADS = 256, BLOCKS = 4, AHEAD = 4, SAMPLE = 16, NOTES = 2048,        /* of the first kernel; a stage is a vector of every thread: AHEAD of them on their way, SAMPLE before the floor */
+enum { THREADS = 256, BLOCKS = 4, AHEAD = 4, SAMPLE = 16,                      /* of the first kernel; a stage is a vector of every thread: AHEAD of them on their way, SAMPLE before the floor */
        RANK_THREADS = 64, SORTED = 512, MAX_K = 256, MAX_T = 8 };
 static_assert(MAX_K <= 2 * THREADS && MAX_K <= SORTED && (SORTED & (SORTED - 1)) == 0, "a thread has two maxima; a head is sorted, in room for a power of two");
 constexpr float GONE = -1e30f;          /* stands in for a logit that is counted elsewhere: exponentials of it are 0, and 0 * GONE is 0 */
@@ -24,7 +24,8 @@ constexpr float TINY = 1e-25f;          /* below it a sum relative to the floor 
 
 /* A slot per temperature, the largest first; one more for the padding's mass where T = 1 is not listed. Bit i of `squares`: slot i is half of slot i - 1. */
 struct targets_shape {
-    int nT, slots, squares, K, slot_of[MAX_T + 1], unit_slot, room;            /* room: entries of a row's list */
+    int nT, slots, squares, K, slot_of[MAX_T + 1], unit_slot;
+    int notes, room;                                        /* vectors that a block of the first kernel keeps; entries of a row's list */
     float inv_T[MAX_T + 1], c[MAX_T + 1];                   /* by slot; c = log2(e) / T */
     bool entropy;
 };
@@ -33,18 +34,17 @@ struct targets_out { int32_t *head_ids; float *head_logprob, *lse, *tail_logmass
 /* What the first kernel leaves of a row, beside its list: sums over all that is below the floor, still of 2^{t c - shift}. count: entries; more than there is room for where it overflowed. */
 struct row_part { double total[MAX_T + 2]; float floor; int count; };
 
-template <typename T, int W> struct __align__(16) stream_shared {
-    union {
-        uint32_t most[2 * THREADS];     /* of the sample, as ordered keys */
-        struct {
-            packed<T, W> note[NOTES];   /* vectors that hold a logit for the list, */
-            int note_at[NOTES];         /* and which of the row they are */
-        };
-    };
+/* The first kernel's shared memory. Behind it vectors that hold a logit for the list, and which of the row they are; before these, in their place, the maxima of the sample as ordered keys. */
+struct __align__(16) stream_shared {
     uint32_t kth;
     int notes, count;
     float partial[THREADS / 32][MAX_T + 2];
 };
+template <typename T, int W> static size_t stream_bytes(int notes)
+{
+    size_t kept = (size_t)notes * (sizeof(packed<T, W>) + sizeof(int)), most = 2 * THREADS * sizeof(uint32_t);
+    return sizeof(stream_shared) + (kept > most ? kept : most);
+}
 
 /* of the second; the list follows it */
 struct __align__(16) rank_shared {
@@ -382,7 +382,10 @@ template <typename T, int W, int SLOTS, int SQUARES, int T0>
 __global__ void __launch_bounds__(THREADS, BLOCKS) stream_kernel(row_part *parts, unsigned long long *lists, const T *__restrict__ logits, const __grid_constant__ targets_shape shape, int64_t V, int Vv)
 {
     extern __shared__ __align__(16) unsigned char memory[];
-    stream_shared<T, W> &s = *reinterpret_cast<stream_shared<T, W> *>(memory);
+    stream_shared &s = *reinterpret_cast<stream_shared *>(memory);
+    packed<T, W> *note = reinterpret_cast<packed<T, W> *>(memory + sizeof s);
+    int *note_at = reinterpret_cast<int *>(note + shape.notes);
+    uint32_t *sampled = reinterpret_cast<uint32_t *>(memory + sizeof s);
     const T *row = logits + blockIdx.x * V;
     unsigned long long *list = lists + (int64_t)blockIdx.x * shape.room;
     int K = shape.K > 0 ? shape.K : 1, vectors = Vv / W, stages = vectors / THREADS, me = threadIdx.x;
@@ -417,11 +420,11 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) stream_kernel(row_part *parts
     for (int i = 0; i < AHEAD; i++) if (i < before) most[1] = fmaxf(most[1], largest<T, W>(ahead[i]));
     if (has_element) element = to_float(row[vectors * W + me]);
     bool two = K > THREADS / 4;                             /* one is as good where few are wanted */
-    s.most[me] = ordered_key(two ? most[0] : fmaxf(most[0], most[1]));
-    if (two) s.most[THREADS + me] = ordered_key(most[1]);
+    sampled[me] = ordered_key(two ? most[0] : fmaxf(most[0], most[1]));
+    if (two) sampled[THREADS + me] = ordered_key(most[1]);
     __syncthreads();
     if (me < 32) {
-        uint32_t kth = two ? kth_of_keys<T, 2 * THREADS / 32>(s.most, K) : kth_of_keys<T, THREADS / 32>(s.most, K);
+        uint32_t kth = two ? kth_of_keys<T, 2 * THREADS / 32>(sampled, K) : kth_of_keys<T, THREADS / 32>(sampled, K);
         if (me == 0) {
             s.kth = kth;
             s.notes = s.count = 0;
@@ -453,9 +456,9 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) stream_kernel(row_part *parts
     auto consume = [&](packed<T, W> v, int stage) {
         if (reaches<T, W>(v, reached)) {
             int to = atomicAdd(&s.notes, 1);
-            if (to < NOTES) {
-                s.note[to] = v;
-                s.note_at[to] = stage * THREADS + me;
+            if (to < shape.notes) {
+                note[to] = v;
+                note_at[to] = stage * THREADS + me;
             } else take_vector<T, W>(list, &s.count, shape.room, v, reached, column_of(stage * THREADS + me));
             keep_below<T, W>(v, reached);
         }
@@ -480,7 +483,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) stream_kernel(row_part *parts
         else add(element < GONE ? GONE : element);
     }
     __syncthreads();
-    for (int h = me; h < min(s.notes, NOTES); h += THREADS) take_vector<T, W>(list, &s.count, shape.room, s.note[h], reached, column_of(s.note_at[h]));
+    for (int h = me; h < min(s.notes, shape.notes); h += THREADS) take_vector<T, W>(list, &s.count, shape.room, note[h], reached, column_of(note_at[h]));
     row_part &part = parts[blockIdx.x];
     block_totals(part.total, s.partial, sum);
     if (me) return;
@@ -661,10 +664,10 @@ template <typename T, int W, int SLOTS, int SQUARES, int T0> static void launch(
     auto stream = stream_kernel<T, W, SLOTS, SQUARES, T0>;
     auto rank = rank_kernel<T, W>;
     const targets_shape &shape = *a.shape;
-    size_t stream_bytes = sizeof(stream_shared<T, W>), rank_bytes = sizeof(rank_shared) + (size_t)shape.room * sizeof *a.lists;
-    CUDA_CHECK(cudaFuncSetAttribute((const void *)stream, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)stream_bytes));
+    size_t first_bytes = stream_bytes<T, W>(shape.notes), rank_bytes = sizeof(rank_shared) + (size_t)shape.room * sizeof *a.lists;
+    CUDA_CHECK(cudaFuncSetAttribute((const void *)stream, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)first_bytes));
     CUDA_CHECK(cudaFuncSetAttribute((const void *)rank, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)rank_bytes));
-    stream<<<(unsigned)a.R, THREADS, stream_bytes, cuda_state_of(be)->stream>>>(a.parts, a.lists, (const T *)a.logits, shape, a.V, (int)a.Vv);
+    stream<<<(unsigned)a.R, THREADS, first_bytes, cuda_state_of(be)->stream>>>(a.parts, a.lists, (const T *)a.logits, shape, a.V, (int)a.Vv);
     CUDA_CHECK(cudaGetLastError());
     rank<<<(unsigned)a.R, RANK_THREADS, rank_bytes, cuda_state_of(be)->stream>>>(*a.out, a.parts, a.lists, (const T *)a.logits, a.labels, shape, SLOTS, SQUARES, a.V, (int)a.Vv);
     CUDA_CHECK(cudaGetLastError());
@@ -690,6 +693,9 @@ static void by_slots(struct backend *be, const launch_args &a)
     default:     launch<T, W, MAX_T + 1, 0, -1>(be, a);
     }
 }
+
+/* Twice and more of the vectors that rows of independent logits hold for the list. Not the most that fits: shared memory is taken from the cache that the row comes through. */
+static int notes_kept(int K) { return K <= 64 ? 768 : 2048; }
 
 /* Entries that a row's list has room for: some three times what rows of independent logits put there at 152k ids */
 static int list_room(int K) { return K <= 64 ? 896 : 16 * K; }
@@ -723,6 +729,7 @@ extern "C" void cuda_teacher_targets(struct backend *be, const struct teacher_ta
     shape.K = out->K;
     shape.entropy = out->entropy != NULL;
     shape.unit_slot = unit >= 0 ? shape.slot_of[unit] : -1;
+    shape.notes = notes_kept(out->K);
     shape.room = list_room(out->K);
     for (int i = shape.slots; i <= MAX_T; i++) { shape.inv_T[i] = shape.inv_T[0]; shape.c[i] = shape.c[0]; }
     size_t per_row = row_scratch(out->K);
