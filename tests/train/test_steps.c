@@ -243,9 +243,10 @@ Test(gpu, exact)
     everything(&way);
     small_steps_add_up(&way, 6e-2);
 }
-/* A number that lies between two of fp8 goes to either of them where devices differ in its last bit, 2^-4 of it away: most of what moves these. */
+/* A number halfway between two of fp8 goes to either of them where devices differ in its last bit, 2^-4 of it away: most of what moves these. In the emulation, whose products are summed exactly, fp32 is
+ * off by 3.2e-3 in losses and 3.8e-2 in norms, bf16 by 5.1e-3 and 7.9e-2; a card's products keep fewer bits. */
 Test(gpu, fp8)
 {
-    everything(&(struct way){"cuda", "fp32", NULL, false, false, false, 1e-2, 5e-2, 1e-2, 5e-2, 0, true});
-    everything(&(struct way){"cuda", "bf16", "compact", false, false, false, 2e-2, 1e-1, 1e-2, 1e-1, 0, true});
+    everything(&(struct way){"cuda", "fp32", NULL, false, false, false, 1e-2, 8e-2, 2e-3, 1e-2, 0, true});
+    everything(&(struct way){"cuda", "bf16", "compact", false, false, false, 2e-2, 1.5e-1, 5e-3, 2e-2, 0, true});
 }
