@@ -119,7 +119,6 @@ __device__ __forceinline__ float exp2_fast(float x) { float y; asm("ex2.approx.f
 
 struct add_op { template <typename V> __device__ V operator()(V a, V b) const { return a + b; } };
 struct max_op { template <typename V> __device__ V operator()(V a, V b) const { return a > b ? a : b; } };
-struct min_op { template <typename V> __device__ V operator()(V a, V b) const { return a < b ? a : b; } };
 
 template <typename V, typename Op> __device__ __forceinline__ V warp_reduce(V x, Op op)
 {

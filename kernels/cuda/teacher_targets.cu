@@ -1,12 +1,12 @@
 /* What a dump keeps of a chunk of teacher logits (the maths is in cpu/teacher_targets.c), by two kernels: one streams the logits and does nothing else for long; one ranks the few hundred of
- * a row that are left. In one kernel the blocks of a wave would all rank at once while nothing reads.
+ * a row that are left, so that no block that could stream waits for one that ranks.
  *
  * The first, a block per row, four on a multiprocessor.
  * 1. A sample spread over the row comes first (ids are in no random order: the low ones of a vocabulary are its commonest tokens, and those of one script lie together). The K-th largest of one or
- *    two maxima a thread has at least K logits at or above it, so it is a floor: nothing below it is among the K largest of the row. What was sampled is still in the cache when it comes again.
- * 2. The row streams through. A vector that holds a logit at or above the floor is kept in shared memory, some 300 of 19,000, and opened at the end into the row's list in scratch; every logit
+ *    two maxima a thread has at least K logits at or above it, so it is a floor: nothing below it is among the K largest of the row. The sample is read again when its turn comes, by design from the cache (in flight it is 65 kB a row, 35 MB in all).
+ * 2. The row streams through. A vector that holds a logit at or above the floor is kept in shared memory and opened at the end into the row's list in scratch; every logit
  *    below adds 2^{c (t - floor)} to a running sum per temperature. All exponents are <= 0, so no maximum has to be tracked.
- * The loop is short of instructions, then of exponentials (16 a clock): a temperature half of the one before in order takes the square of its exponential, and the exponent is one fused
+ * The loop saves exponentials (16 a clock) and instructions: a temperature half of the one before in order takes the square of its exponential, and the exponent is one fused
  * multiply-add, t c - fl(floor c); what rounding floor c has shifted all terms by is taken back once.
  *
  * The second, a block per row.
@@ -57,7 +57,6 @@ struct __align__(16) rank_shared {
     double total[MAX_T + 2], lse[MAX_T + 1], tail_logmass[MAX_T + 1];
     double padding_mass;                /* relative to padding_top */
     float padding_top, label_logit;
-    uint32_t high[RANK_THREADS / 32], low[RANK_THREADS / 32];
     int reach[16][3], reaching, count, digit, above, level;
 };
 
@@ -65,14 +64,12 @@ __device__ __forceinline__ unsigned long long ranking(float t, int id) { return 
 __device__ __forceinline__ float ranked_logit(unsigned long long e) { return key_value((uint32_t)(e >> 32)); }
 __device__ __forceinline__ int ranked_id(unsigned long long e) { return (int)~(uint32_t)e; }
 
-/* The K-th largest of at least K keys, all between `low` and `high`, two bits at a time from the first in which those differ. counts(n, prefix, bit): n[i] = how many keys of this warp reach
- * prefix + (i + 1 << bit). reach: three counters for every two bits, zeroed. */
-template <typename Counts> __device__ __forceinline__ uint32_t kth_key(int (*reach)[3], uint32_t high, uint32_t low, int K, Counts counts)
+/* The leading BITS bits of the K-th largest of at least K ordered keys, two at a time. counts(n, prefix, bit): n[i] = how many keys of this warp reach prefix + (i + 1 << bit).
+ * reach: three counters for every two bits, zeroed. */
+template <int BITS, typename Counts> __device__ __forceinline__ uint32_t kth_key(int (*reach)[3], int K, Counts counts)
 {
-    if (high == low) return high;
-    int first = (31 - __clz((int)(high ^ low))) & ~1;
-    uint32_t prefix = high & ~((4u << first) - 1);
-    for (int b = first; b >= 0; b -= 2) {
+    uint32_t prefix = 0;
+    for (int b = BITS - 2; b >= 0; b -= 2) {
         int n[3], lane = threadIdx.x % 32;
         counts(n, prefix, b);
         int mine = lane == 0 ? n[0] : lane == 1 ? n[1] : n[2];
@@ -84,23 +81,14 @@ template <typename Counts> __device__ __forceinline__ uint32_t kth_key(int (*rea
     return prefix;
 }
 
-/* The K-th largest of 32 N keys of logits of type T, by one warp, a bit at a time from the first in which they differ. (By all warps it would take as long, and the others' instructions.) */
+/* The K-th largest of 32 N keys of logits of type T, by one warp, a bit at a time: the block's other warps spend no instructions on it. */
 template <typename T, int N> __device__ __forceinline__ uint32_t kth_of_keys(const uint32_t *keys, int K)
 {
     constexpr int bits = 8 * (int)sizeof(T);                /* the leading ones; the others are 1 where the logit is negative, else 0 */
-    uint32_t key[N], high = 0, low = 0xffffffffu;
+    uint32_t key[N], prefix = 0;
     #pragma unroll
-    for (int i = 0; i < N; i++) {
-        key[i] = keys[32 * i + threadIdx.x % 32];
-        high = max(high, key[i]);
-        low = min(low, key[i]);
-    }
-    high = warp_reduce(high, max_op());
-    low = warp_reduce(low, min_op());
-    if (high == low) return high;
-    int first = 31 - __clz((int)(high ^ low));
-    uint32_t prefix = high & ~((2u << first) - 1);
-    for (int b = first; b >= 32 - bits; b--) {
+    for (int i = 0; i < N; i++) key[i] = keys[32 * i + threadIdx.x % 32];
+    for (int b = 31; b >= 32 - bits; b--) {
         uint32_t trial = prefix | 1u << b;
         int n[2] = {};
         #pragma unroll
@@ -170,27 +158,9 @@ template <typename T, int W> __device__ __forceinline__ void keep_below(packed<T
     v = pack<T, W>(t);
 }
 
-/* The first n <= SORTED entries, which are all different, in descending order. Few of them find their places by counting which are larger, without a barrier between; more go through a bitonic
- * sort, padded with 0 (which ranks after every logit) to a power of two. */
+/* Descending bitonic sort of the first n <= SORTED entries, padded with 0 (which ranks after every logit) to a power of two */
 __device__ __forceinline__ void sort_descending(unsigned long long *list, int n)
 {
-    if (n <= 2 * RANK_THREADS) {
-        unsigned long long mine[2] = {};
-        int place[2] = {};
-        #pragma unroll
-        for (int j = 0; j < 2; j++) {
-            int i = (int)threadIdx.x + j * RANK_THREADS;
-            if (i >= n) continue;
-            mine[j] = list[i];
-            #pragma unroll 4
-            for (int k = 0; k < n; k++) place[j] += list[k] > mine[j];
-        }
-        __syncthreads();
-        #pragma unroll
-        for (int j = 0; j < 2; j++) if ((int)threadIdx.x + j * RANK_THREADS < n) list[place[j]] = mine[j];
-        __syncthreads();
-        return;
-    }
     int size = 2;
     while (size < n) size *= 2;
     for (int i = n + threadIdx.x; i < size; i += RANK_THREADS) list[i] = 0;
@@ -211,26 +181,9 @@ template <typename T> __device__ __forceinline__ void part_head(rank_shared &s, 
 {
     constexpr int bits = 8 * (int)sizeof(T);
     if (threadIdx.x < 16) s.reach[threadIdx.x][0] = s.reach[threadIdx.x][1] = s.reach[threadIdx.x][2] = 0;
-    uint32_t high = 0, low = 0xffffffffu;
-    for (int i = threadIdx.x; i < count; i += RANK_THREADS) {
-        uint32_t key = (uint32_t)(list[i] >> 32) >> (32 - bits);
-        high = max(high, key);
-        low = min(low, key);
-    }
-    high = warp_reduce(high, max_op());
-    low = warp_reduce(low, min_op());
-    if (threadIdx.x % 32 == 0) {
-        s.high[threadIdx.x / 32] = high;
-        s.low[threadIdx.x / 32] = low;
-    }
     if (threadIdx.x == 0) s.reaching = 0;
     __syncthreads();
-    #pragma unroll
-    for (int w = 0; w < RANK_THREADS / 32; w++) {
-        high = max(high, s.high[w]);
-        low = min(low, s.low[w]);
-    }
-    uint32_t kth = count <= K ? 0 : kth_key(s.reach, high, low, K, [&](int (&n)[3], uint32_t prefix, int b) {
+    uint32_t kth = count <= K ? 0 : kth_key<bits>(s.reach, K, [&](int (&n)[3], uint32_t prefix, int b) {
         n[0] = n[1] = n[2] = 0;
         for (int i = threadIdx.x; i < count; i += RANK_THREADS) {
             uint32_t key = (uint32_t)(list[i] >> 32) >> (32 - bits);
@@ -350,15 +303,6 @@ __device__ __noinline__ void row_again(rank_shared &s, unsigned long long *list,
     block_totals(s.total, s.partial, sum);
 }
 
-/* A vector that is not needed again, so that what was sampled outlives it in the cache */
-template <typename T, int W> __device__ __forceinline__ packed<T, W> load_last(const T *p)
-{
-    if constexpr (sizeof(packed<T, W>) == 16) {
-        uint4 q = __ldcs(reinterpret_cast<const uint4 *>(p));
-        return {{q.x, q.y, q.z, q.w}};
-    } else return load_packed<T, W>(p);
-}
-
 /* What reaches the floor of a vector that begins at column `first` -> the list; nothing of one that is not there, -1 */
 template <typename T, int W> __device__ __noinline__ void take_vector(unsigned long long *list, int *count, int room, packed<T, W> v, float reached, int first)
 {
@@ -414,7 +358,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) stream_kernel(row_part *parts
         #pragma unroll
         for (int w = 0; w < (int)(sizeof ahead[i].word / 4); w++) ahead[i].word[w] = sizeof(T) == 2 ? 0xff80ff80u : 0xff800000u;      /* -infinity: adds nothing */
         bool there = i < before ? i == before - 1 && at_last < vectors : i < before + stages;
-        if (there) ahead[i] = load_last<T, W>(i < before ? row + at_last * W : from + i * (THREADS * W));
+        if (there) ahead[i] = load_packed<T, W>(i < before ? row + at_last * W : from + i * (THREADS * W));
     }
     #pragma unroll
     for (int i = 0; i < AHEAD; i++) if (i < before) most[1] = fmaxf(most[1], largest<T, W>(ahead[i]));
@@ -474,7 +418,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) stream_kernel(row_part *parts
         #pragma unroll
         for (int i = 0; i < AHEAD; i++) {
             consume(ahead[i], stage + i);
-            if (more) ahead[i] = load_last<T, W>(from + i * (THREADS * W));
+            if (more) ahead[i] = load_packed<T, W>(from + i * (THREADS * W));
         }
     }
     if (has_element) {
@@ -694,10 +638,11 @@ static void by_slots(struct backend *be, const launch_args &a)
     }
 }
 
-/* Twice and more of the vectors that rows of independent logits hold for the list. Not the most that fits: shared memory is taken from the cache that the row comes through. */
+/* Of rows of 152k independent logits some 340 entries reach the floor for top 64, 1,640 for top 256: K-th of the sample's 256 (512) maxima of 128 (64) logits. More vectors than these have room here,
+ * not the most that fits, because shared memory is taken from the cache that the row comes through. */
 static int notes_kept(int K) { return K <= 64 ? 768 : 2048; }
 
-/* Entries that a row's list has room for: some three times what rows of independent logits put there at 152k ids */
+/* Entries that a row's list has room for: two and a half times as many */
 static int list_room(int K) { return K <= 64 ? 896 : 16 * K; }
 
 /* Parts and lists of a launch; a chunk whose rows need more goes in several. */

@@ -94,8 +94,6 @@ inline float __uint_as_float(unsigned u) { return from_bits<float>(u); }
 inline float __int_as_float(int i) { return from_bits<float>((unsigned)i); }
 inline double __longlong_as_double(long long i) { return from_bits<double>((uint64_t)i); }
 inline int __popc(unsigned u) { return __builtin_popcount(u); }
-template <typename T> T __ldcs(const T *p) { return *p; }
-inline int __clz(int i) { return i ? __builtin_clz((unsigned)i) : 32; }
 inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)((uint64_t)a * b >> 32); }
 inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) { return (unsigned long long)((unsigned __int128)a * b >> 64); }
 inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector)

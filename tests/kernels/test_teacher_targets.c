@@ -1,5 +1,5 @@
 /* teacher_targets: what a dump keeps of a row, against long double and a sort. Rows are situations: ordinary, ties, a teacher so sure
- * that the tail is 1e-24 of the mass or less, nothing but ties. Every output can be asked for alone. */
+ * that the tail is 1e-30 of the mass, nothing but ties. Every output can be asked for alone. */
 #include "tests/kernels/ops.h"
 
 #include <math.h>
@@ -15,7 +15,7 @@ static const struct targets_case cases[] = {
     /* rows of many vectors a thread, whole vectors and not, that begin at any element and not */
     {50000, 49937, 64, 3, {1, 2, 4}, ALL}, {50000, 50000, 256, 2, {2, 1}, ALL},  {12297, 12290, 20, 1, {1}, ALL},    {40960, 40960, 1, 3, {1, 2, 3}, ALL},
     /* ties by the hundred at the last entry of the head; kinds of temperatures and orders of theirs; one more of T = 1 for the padding */
-    {600, 600, 64, 2, {1, 2}, ALL},       {1504, 1500, 100, 3, {1, 1.5f, 2.5f}, ALL}, {9000, 9000, 64, 3, {1, 1.5f, 3}, ALL}, {1600, 1600, 64, 3, {2, 1, 4}, ALL},
+    {600, 600, 64, 2, {1, 2}, ALL},       {1496, 1490, 100, 3, {1, 1.5f, 2.5f}, ALL}, {9000, 9000, 64, 3, {1, 1.5f, 3}, ALL}, {1600, 1600, 64, 3, {2, 1, 4}, ALL},
     {1608, 1600, 200, 3, {2, 3, 4}, ALL},
     {64, 50, 0, 1, {1}, LSE | TAIL | ENTROPY | LABEL | PADDING | FULL},
     {64, 50, 5, 2, {1, 3}, HEAD_IDS},     {64, 50, 5, 2, {1, 3}, HEAD_LOGPROB},  {64, 50, 5, 2, {1, 3}, LSE},        {64, 50, 5, 2, {1, 3}, TAIL},
@@ -152,7 +152,7 @@ Test(cpu, definition)
             if (c->wanted & LABEL) expect_floats(output(&out, "label_logprob")->x + n, &label, 1, 1, 3e-7, what, "label_logprob");
             if (c->wanted & PADDING) expect_floats(output(&out, "padding_mass")->x + n, &padding, 1, 1e-30, 2e-6, what, "padding_mass");
             if (c->wanted & FULL) expect_floats(output(&out, "full")->x + n * c->Vv, full, c->Vv, 0, 0, what, "full");
-            if (n == SURE && c->wanted & TAIL && c->K && c->K < c->Vv) cr_assert(tail[0] < -55, "%s: the tail is not tiny: %g", what, tail[0]);
+            if (n == SURE && c->wanted & TAIL && c->K && c->K < c->Vv) cr_assert(tail[0] < -60, "%s: the tail is not tiny: %g", what, tail[0]);
             free(head); free(ids); free(full); free(stored);
         }
         free(order);
