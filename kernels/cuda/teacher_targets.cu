@@ -1,94 +1,106 @@
-/* What a dump keeps of a chunk of teacher logits (the maths is in cpu/teacher_targets.c), by two kernels: one streams the logits and does nothing else for long; one ranks the few hundred of
- * a row that are left, so that no block that could stream waits for one that ranks.
+/* What a dump keeps of a chunk of teacher logits (the maths is in cpu/teacher_targets.c), by two kernels: one streams the logits, once; one ranks the few hundred of a row that are left.
  *
  * The first, a block per row, four on a multiprocessor.
  * 1. A sample spread over the row comes first (ids are in no random order: the low ones of a vocabulary are its commonest tokens, and those of one script lie together). The K-th largest of one or
- *    two maxima a thread has at least K logits at or above it, so it is a floor: nothing below it is among the K largest of the row. The sample is read again when its turn comes, by design from the cache (in flight it is 65 kB a row, 35 MB in all).
- * 2. The row streams through. A vector that holds a logit at or above the floor is kept in shared memory and opened at the end into the row's list in scratch; every logit
- *    below adds 2^{c (t - floor)} to a running sum per temperature. All exponents are <= 0, so no maximum has to be tracked.
+ *    two maxima a thread has at least K logits at or above it, so it is a floor: nothing below it is among the K largest of the row. The sample is read again when its turn comes, from the
+ *    cache: in flight it is 65 kB a row, 35 MB in all, and what streams past it is asked for as the first to be given up.
+ * 2. The row streams through. A vector without a logit that reaches the floor adds 2^{c (t - floor)} of its logits to a running sum per temperature. Others are set aside by their warp, in shared
+ *    memory, and opened at the end: what reaches the floor into the row's list in scratch, the rest into the sums. All exponents are <= 0, so no maximum has to be tracked.
  * The loop saves exponentials (16 a clock) and instructions: a temperature half of the one before in order takes the square of its exponential, and the exponent is one fused
  * multiply-add, t c - fl(floor c); what rounding floor c has shifted all terms by is taken back once.
+ * A row whose list overflows (long runs of equal logits, sorted rows) or whose rest vanishes beside the floor is done again from memory, at once: radix selection of the K-th (logit, id), then
+ * sums relative to the rest's own maximum.
  *
- * The second, a block per row.
- * 3. The K-th largest logit of the list parts it; what reaches that is sorted by (logit, lower id), and its first K are the head. The tail's mass is the rest's sum plus the list beyond
- *    the head: summed over the complement, never a difference.
- * A row whose list overflows (long runs of equal logits, sorted rows) or whose rest vanishes beside the floor is done again from memory: radix selection of the K-th (logit, id), then sums
- * relative to the rest's own maximum. */
+ * The second, a row a warp, for large heads a block.
+ * 3. The K-th largest logit of the list parts it; what reaches that is ordered by (logit, lower id), and its first K are the head. The tail's mass is the rest's sum plus the list beyond
+ *    the head: summed over the complement, never a difference. */
 #include "kernels/cuda/row_stats.cuh"
 
-enum { THREADS = 256, BLOCKS = 4, AHEAD = 4, SAMPLE = 16,                      /* of the first kernel; a stage is a vector of every thread: AHEAD of them on their way, SAMPLE before the floor */
-       RANK_THREADS = 64, SORTED = 512, MAX_K = 256, MAX_T = 8 };
-static_assert(MAX_K <= 2 * THREADS && MAX_K <= SORTED && (SORTED & (SORTED - 1)) == 0, "a thread has two maxima; a head is sorted, in room for a power of two");
+enum { THREADS = 256, BLOCKS = 4, AHEAD = 4, SAMPLE = 16,                       /* of the first kernel; a stage is a vector of every thread: AHEAD of them on their way, SAMPLE before the floor */
+       MAX_K = 256, MAX_T = 8 };
+static_assert(MAX_K <= 2 * THREADS, "a thread has two maxima");
 constexpr float GONE = -1e30f;          /* stands in for a logit that is counted elsewhere: exponentials of it are 0, and 0 * GONE is 0 */
 constexpr float TINY = 1e-25f;          /* below it a sum relative to the floor has lost digits to underflow: 262,144 terms that are not quite 2^-126 */
 
 /* A slot per temperature, the largest first; one more for the padding's mass where T = 1 is not listed. Bit i of `squares`: slot i is half of slot i - 1. */
 struct targets_shape {
     int nT, slots, squares, K, slot_of[MAX_T + 1], unit_slot;
-    int notes, room;                                        /* vectors that a block of the first kernel keeps; entries of a row's list */
+    int aside, room;                                        /* vectors that a warp of the first kernel sets aside; entries of a row's list */
     float inv_T[MAX_T + 1], c[MAX_T + 1];                   /* by slot; c = log2(e) / T */
     bool entropy;
 };
 struct targets_out { int32_t *head_ids; float *head_logprob, *lse, *tail_logmass, *entropy, *label_logprob, *padding_mass; };
 
-/* What the first kernel leaves of a row, beside its list: sums over all that is below the floor, still of 2^{t c - shift}. count: entries; more than there is room for where it overflowed. */
-struct row_part { double total[MAX_T + 2]; float floor; int count; };
+/* What the first kernel leaves of a row, beside its list: sums over all that is below the floor. again: of 2^{c (t - floor)}, the last of them of (t - floor) 2^{c (t - floor)}; else still of 2^{t c - shift}. */
+struct row_part { double total[MAX_T + 2]; float floor; int count; bool again; };
 
-/* The first kernel's shared memory. Behind it vectors that hold a logit for the list, and which of the row they are; before these, in their place, the maxima of the sample as ordered keys. */
+/* The first kernel's shared memory. Behind it the vectors set aside, [THREADS / 32][aside], and their indices in the row; before these, in their place, the maxima of the sample as ordered keys; after
+ * them the histogram of a row that is done again. */
 struct __align__(16) stream_shared {
     uint32_t kth;
-    int notes, count;
+    int count, digit, above, level;
     float partial[THREADS / 32][MAX_T + 2];
+    double total[MAX_T + 2];
 };
-template <typename T, int W> static size_t stream_bytes(int notes)
+template <typename T, int W> static size_t stream_bytes(int aside)
 {
-    size_t kept = (size_t)notes * (sizeof(packed<T, W>) + sizeof(int)), most = 2 * THREADS * sizeof(uint32_t);
+    size_t kept = (size_t)aside * (THREADS / 32) * (sizeof(packed<T, W>) + sizeof(int)), most = 2 * THREADS * sizeof(uint32_t);
     return sizeof(stream_shared) + (kept > most ? kept : most);
 }
 
-/* of the second; the list follows it */
-struct __align__(16) rank_shared {
-    unsigned long long sorted[SORTED];  /* of the list, what the head is taken from */
-    union {
-        unsigned histogram[256];        /* of a row that is done again */
-        struct { long long others[MAX_T + 1], tail[MAX_T + 1], spread; } units[RANK_THREADS / 32];     /* a warp's sums over the list: all but the largest, what is not of the head, the entropy's */
-    };
-    float partial[RANK_THREADS / 32][MAX_T + 2];
-    double total[MAX_T + 2], lse[MAX_T + 1], tail_logmass[MAX_T + 1];
-    double padding_mass;                /* relative to padding_top */
-    float padding_top, label_logit;
-    int reach[16][3], reaching, count, digit, above, level;
+/* The second kernel's, for heads of at most MOST entries: the threads of a block, and the room for a head with its ties; the list follows it */
+template <int MOST> struct __align__(16) rank_shared {
+    static constexpr int BLOCK = MOST <= 64 ? 32 : 256, SORTED = 2 * MOST;
+    unsigned long long sorted[SORTED];
+    struct { long long others[MAX_T + 1], tail[MAX_T + 1], spread; } units[BLOCK / 32];             /* a warp's sums over the list: all but the largest, what is not of the head, the entropy's */
+    double total[MAX_T + 2], lse[MAX_T + 1], tail_logmass[MAX_T + 1], padding_lse;
+    uint32_t high[BLOCK / 32], low[BLOCK / 32];
+    int reach[16][3], reaching, above;
 };
 
 __device__ __forceinline__ unsigned long long ranking(float t, int id) { return (unsigned long long)ordered_key(t) << 32 | (uint32_t)~id; }
 __device__ __forceinline__ float ranked_logit(unsigned long long e) { return key_value((uint32_t)(e >> 32)); }
 __device__ __forceinline__ int ranked_id(unsigned long long e) { return (int)~(uint32_t)e; }
 
-/* The leading BITS bits of the K-th largest of at least K ordered keys, two at a time. counts(n, prefix, bit): n[i] = how many keys of this warp reach prefix + (i + 1 << bit).
- * reach: three counters for every two bits, zeroed. */
-template <int BITS, typename Counts> __device__ __forceinline__ uint32_t kth_key(int (*reach)[3], int K, Counts counts)
+/* The K-th largest of at least K keys, all between `low` and `high`, two bits at a time from the first in which those differ. counts(n, prefix, bit): n[i] = how many keys of this warp reach
+ * prefix + (i + 1 << bit). reach: three counters for every two bits, zeroed, where more than one warp counts. */
+template <int WARPS, typename Counts> __device__ __forceinline__ uint32_t kth_key(int (*reach)[3], uint32_t high, uint32_t low, int K, Counts counts)
 {
-    uint32_t prefix = 0;
-    for (int b = BITS - 2; b >= 0; b -= 2) {
+    if (high == low) return high;
+    int first = (31 - __clz((int)(high ^ low))) & ~1;
+    uint32_t prefix = high & ~(uint32_t)((4ull << first) - 1);
+    for (int b = first; b >= 0; b -= 2) {
         int n[3], lane = threadIdx.x % 32;
         counts(n, prefix, b);
-        int mine = lane == 0 ? n[0] : lane == 1 ? n[1] : n[2];
-        if (lane < 3 && mine) atomicAdd(&reach[b / 2][lane], mine);
-        __syncthreads();
-        int reaching = (reach[b / 2][0] >= K) + (reach[b / 2][1] >= K) + (reach[b / 2][2] >= K);               /* more reach the smaller trials */
-        prefix += (uint32_t)reaching << b;
+        if (WARPS > 1) {
+            int mine = lane == 0 ? n[0] : lane == 1 ? n[1] : n[2];
+            if (lane < 3 && mine) atomicAdd(&reach[b / 2][lane], mine);
+            __syncthreads();
+            #pragma unroll
+            for (int i = 0; i < 3; i++) n[i] = reach[b / 2][i];
+        }
+        prefix += (uint32_t)((n[0] >= K) + (n[1] >= K) + (n[2] >= K)) << b;   /* more reach the smaller trials */
     }
     return prefix;
 }
 
-/* The K-th largest of 32 N keys of logits of type T, by one warp, a bit at a time: the block's other warps spend no instructions on it. */
+/* The K-th largest of 32 N keys of logits of type T, by one warp, a bit at a time from the first in which they differ: the block's other warps spend no instructions on it. */
 template <typename T, int N> __device__ __forceinline__ uint32_t kth_of_keys(const uint32_t *keys, int K)
 {
     constexpr int bits = 8 * (int)sizeof(T);                /* the leading ones; the others are 1 where the logit is negative, else 0 */
-    uint32_t key[N], prefix = 0;
+    uint32_t key[N], high = 0, low = 0xffffffffu;
     #pragma unroll
-    for (int i = 0; i < N; i++) key[i] = keys[32 * i + threadIdx.x % 32];
-    for (int b = 31; b >= 32 - bits; b--) {
+    for (int i = 0; i < N; i++) {
+        key[i] = keys[32 * i + threadIdx.x % 32];
+        high = max(high, key[i]);
+        low = min(low, key[i]);
+    }
+    high = __reduce_max_sync(0xffffffffu, high);
+    low = __reduce_min_sync(0xffffffffu, low);
+    if (high == low) return high;
+    int first = 31 - __clz((int)(high ^ low));
+    uint32_t prefix = high & ~(uint32_t)((2ull << first) - 1);
+    for (int b = first; b >= 32 - bits; b--) {
         uint32_t trial = prefix | 1u << b;
         int n[2] = {};
         #pragma unroll
@@ -139,6 +151,15 @@ template <typename T, int W> __device__ __forceinline__ bool reaches(const packe
     return largest<T, W>(v) >= reached;
 }
 
+/* logits of -infinity */
+template <typename T, int W> __device__ __forceinline__ packed<T, W> none()
+{
+    packed<T, W> v;
+    #pragma unroll
+    for (int w = 0; w < (int)(sizeof v.word / 4); w++) v.word[w] = sizeof(T) == 2 ? 0xff80ff80u : 0xff800000u;
+    return v;
+}
+
 /* GONE in place of what reaches the floor */
 template <typename T, int W> __device__ __forceinline__ void keep_below(packed<T, W> &v, float reached)
 {
@@ -158,48 +179,99 @@ template <typename T, int W> __device__ __forceinline__ void keep_below(packed<T
     v = pack<T, W>(t);
 }
 
-/* Descending bitonic sort of the first n <= SORTED entries, padded with 0 (which ranks after every logit) to a power of two */
-__device__ __forceinline__ void sort_descending(unsigned long long *list, int n)
+/* The first n entries, which are all different, in descending order: each finds its place by counting how many are larger. */
+template <int MOST> __device__ __forceinline__ void sort_descending(unsigned long long *list, int n)
 {
-    int size = 2;
-    while (size < n) size *= 2;
-    for (int i = n + threadIdx.x; i < size; i += RANK_THREADS) list[i] = 0;
-    for (int k = 2; k <= size; k *= 2)
-        for (int j = k / 2; j > 0; j /= 2) {
-            __syncthreads();
-            for (int i = threadIdx.x; i < size / 2; i += RANK_THREADS) {
-                int lo = (i & -j) * 2 + (i & (j - 1)), hi = lo + j;           /* j is a power of two */
-                unsigned long long a = list[lo], b = list[hi];
-                if ((a < b) == ((lo & k) == 0)) { list[lo] = b; list[hi] = a; }
-            }
-        }
+    constexpr int threads = rank_shared<MOST>::BLOCK, own = rank_shared<MOST>::SORTED / threads;
+    unsigned long long mine[own];
+    int place[own] = {};
+    #pragma unroll
+    for (int j = 0; j < own; j++) mine[j] = (int)threadIdx.x + j * threads < n ? list[threadIdx.x + j * threads] : ~0ull;
+    #pragma unroll 4
+    for (int k = 0; k < n; k++) {
+        unsigned long long other = list[k];
+        #pragma unroll
+        for (int j = 0; j < own; j++) place[j] += other > mine[j];
+    }
+    __syncthreads();
+    #pragma unroll
+    for (int j = 0; j < own; j++) if ((int)threadIdx.x + j * threads < n) list[place[j]] = mine[j];
     __syncthreads();
 }
 
-/* What of the list reaches its K-th largest logit, at least min(K, count) entries, into s.sorted, in any order; s.reaching: how many, more than SORTED where ties are too many. */
-template <typename T> __device__ __forceinline__ void part_head(rank_shared &s, const unsigned long long *list, int count, int K)
+/* K-th largest of those 32-bit words of the list that word_of takes from an entry; `counted`: whether it takes one */
+template <int MOST, typename Counted, typename Word> __device__ __forceinline__ uint32_t kth_word(rank_shared<MOST> &s, const unsigned long long *list, int count, int K, Counted counted, Word word_of)
 {
-    constexpr int bits = 8 * (int)sizeof(T);
-    if (threadIdx.x < 16) s.reach[threadIdx.x][0] = s.reach[threadIdx.x][1] = s.reach[threadIdx.x][2] = 0;
-    if (threadIdx.x == 0) s.reaching = 0;
-    __syncthreads();
-    uint32_t kth = count <= K ? 0 : kth_key<bits>(s.reach, K, [&](int (&n)[3], uint32_t prefix, int b) {
+    constexpr int threads = rank_shared<MOST>::BLOCK;
+    uint32_t high = 0, low = 0xffffffffu;
+    for (int i = threadIdx.x; i < count; i += threads) {
+        if (!counted(list[i])) continue;
+        high = max(high, word_of(list[i]));
+        low = min(low, word_of(list[i]));
+    }
+    high = __reduce_max_sync(0xffffffffu, high);
+    low = __reduce_min_sync(0xffffffffu, low);
+    if (threads > 32) {
+        if (threadIdx.x < 16) s.reach[threadIdx.x][0] = s.reach[threadIdx.x][1] = s.reach[threadIdx.x][2] = 0;
+        if (threadIdx.x % 32 == 0) {
+            s.high[threadIdx.x / 32] = high;
+            s.low[threadIdx.x / 32] = low;
+        }
+        __syncthreads();
+        #pragma unroll
+        for (int w = 0; w < threads / 32; w++) {
+            high = max(high, s.high[w]);
+            low = min(low, s.low[w]);
+        }
+    }
+    uint32_t kth = kth_key<threads / 32>(s.reach, high, low, K, [&](int (&n)[3], uint32_t prefix, int b) {
         n[0] = n[1] = n[2] = 0;
-        for (int i = threadIdx.x; i < count; i += RANK_THREADS) {
-            uint32_t key = (uint32_t)(list[i] >> 32) >> (32 - bits);
+        for (int i = threadIdx.x; i < count; i += threads) {
+            if (!counted(list[i])) continue;
+            uint32_t word = word_of(list[i]);
             #pragma unroll
-            for (int t = 0; t < 3; t++) n[t] += key >= prefix + ((uint32_t)(t + 1) << b);
+            for (int t = 0; t < 3; t++) n[t] += word >= prefix + ((uint32_t)(t + 1) << b);
         }
         #pragma unroll
         for (int t = 0; t < 3; t++) n[t] = __reduce_add_sync(0xffffffffu, n[t]);
     });
-    for (int i = threadIdx.x; i < count; i += RANK_THREADS) {
+    if (threads > 32) __syncthreads();                      /* the counters are free again */
+    return kth;
+}
+
+/* What of the list ranks at or above `least`, into s.sorted, in any order; s.reaching: how many, more than there is room for where ties are too many */
+template <int MOST> __device__ __forceinline__ void take_from(rank_shared<MOST> &s, const unsigned long long *list, int count, unsigned long long least)
+{
+    if (threadIdx.x == 0) s.reaching = 0;
+    __syncthreads();
+    for (int i = threadIdx.x; i < count; i += rank_shared<MOST>::BLOCK) {
         unsigned long long e = list[i];
-        if ((uint32_t)(e >> 32) >> (32 - bits) < kth) continue;
+        if (e < least) continue;
         int at = atomicAdd(&s.reaching, 1);
-        if (at < SORTED) s.sorted[at] = e;
+        if (at < rank_shared<MOST>::SORTED) s.sorted[at] = e;
     }
     __syncthreads();
+}
+
+/* The list's first min(K, count) entries into s.sorted, and what ties with the last of them where there is room for it, in any order; s.reaching: how many */
+template <typename T, int MOST> __device__ __forceinline__ void part_head(rank_shared<MOST> &s, const unsigned long long *list, int count, int K)
+{
+    constexpr int spare = 32 - 8 * (int)sizeof(T);          /* bits of a key that say no more than its sign */
+    auto level = [](unsigned long long e) { return (uint32_t)(e >> 32) >> spare; };
+    uint32_t kth = count <= K ? 0 : kth_word<MOST>(s, list, count, K, [](unsigned long long) { return true; }, level);
+    take_from<MOST>(s, list, count, (unsigned long long)kth << spare << 32);
+    if (s.reaching <= rank_shared<MOST>::SORTED) return;
+    /* Hundreds that tie: their ids part them. */
+    int above = 0;
+    if (threadIdx.x == 0) s.above = 0;
+    __syncthreads();
+    for (int i = threadIdx.x; i < count; i += rank_shared<MOST>::BLOCK) above += level(list[i]) > kth;
+    above = __reduce_add_sync(0xffffffffu, above);
+    if (threadIdx.x % 32 == 0) atomicAdd(&s.above, above);
+    __syncthreads();
+    uint32_t last = kth_word<MOST>(s, list, count, K - s.above, [&](unsigned long long e) { return level(e) == kth; }, [](unsigned long long e) { return (uint32_t)e; });
+    uint32_t key = kth << spare | (kth >> (31 - spare) ? 0 : (1u << spare) - 1);        /* of a logit below 0 the spare bits are ones */
+    take_from<MOST>(s, list, count, (unsigned long long)key << 32 | last);
 }
 
 /* total[i] = sum over the block of x[i] */
@@ -239,7 +311,7 @@ __device__ __forceinline__ double exp2_residue(double x) { double u = x * 0.6931
 /* A row again from memory. The list gets exactly its K first entries; total[] the sums over everything else relative to `floor`, which
  * becomes the largest of them. */
 template <typename T, int W>
-__device__ __noinline__ void row_again(rank_shared &s, unsigned long long *list, float &floor, const T *row, const targets_shape &shape, int K, int64_t Vv)
+__device__ __noinline__ void row_again(stream_shared &s, unsigned *histogram, unsigned long long *list, float &floor, const T *row, const targets_shape &shape, int K, int64_t Vv)
 {
     constexpr int BATCH = 4;
     /* The K-th key, eight bits at a time: keys are distinct, so the entries at or above it are exactly K. */
@@ -247,21 +319,21 @@ __device__ __noinline__ void row_again(rank_shared &s, unsigned long long *list,
     int wanted = K;
     for (int shift = 56; shift >= 0; shift -= 8) {
         __syncthreads();
-        for (int i = threadIdx.x; i < 256; i += RANK_THREADS) s.histogram[i] = 0;
+        for (int i = threadIdx.x; i < 256; i += THREADS) histogram[i] = 0;
         __syncthreads();
         for_each_vector<T, W, BATCH, false>(row, Vv, [&](float (&x)[W], int64_t j) {
             for (int i = 0; i < W; i++) {
                 unsigned long long e = ranking(x[i], (int)j + i);
-                if (j + i < Vv && (e & mask) == prefix) atomicAdd(&s.histogram[e >> shift & 255], 1u);
+                if (j + i < Vv && (e & mask) == prefix) atomicAdd(&histogram[e >> shift & 255], 1u);
             }
         });
         __syncthreads();
         if (threadIdx.x == 0) {
             int above = 0, d = 255;
-            while (d > 0 && above + (int)s.histogram[d] < wanted) above += (int)s.histogram[d--];
+            while (d > 0 && above + (int)histogram[d] < wanted) above += (int)histogram[d--];
             s.digit = d;
             s.above = above;
-            s.level = (int)s.histogram[d];
+            s.level = (int)histogram[d];
         }
         __syncthreads();
         prefix |= (unsigned long long)s.digit << shift;
@@ -303,22 +375,27 @@ __device__ __noinline__ void row_again(rank_shared &s, unsigned long long *list,
     block_totals(s.total, s.partial, sum);
 }
 
-/* What reaches the floor of a vector that begins at column `first` -> the list; nothing of one that is not there, -1 */
-template <typename T, int W> __device__ __noinline__ void take_vector(unsigned long long *list, int *count, int room, packed<T, W> v, float reached, int first)
+/* What reaches the floor of a vector that begins at column `first`, and is in memory -> the list */
+template <typename T, int W> __device__ __forceinline__ void take_reaching(unsigned long long *list, int *count, int room, const packed<T, W> &v, const T *in_memory, float reached, int first)
 {
     float t[W];
-    int n = 0;
-    if (first < 0) return;
+    unsigned which = 0;
     unpack<T, W>(t, v);
     #pragma unroll
-    for (int i = 0; i < W; i++) n += t[i] >= reached;
-    int at = atomicAdd(count, n);
-    #pragma unroll
-    for (int i = 0; i < W; i++)
-        if (t[i] >= reached) {
-            if (at < room) list[at] = ranking(t[i], first + i);
-            at++;
-        }
+    for (int i = 0; i < W; i++) which |= (unsigned)(t[i] >= reached) << i;
+    for (int at = atomicAdd(count, __popc(which)); which; which &= which - 1, at++) {
+        int i = __ffs((int)which) - 1;
+        if (at < room) list[at] = ranking(to_float(in_memory[i]), first + i);
+    }
+}
+
+/* A vector that is not needed again */
+template <typename T, int W> __device__ __forceinline__ packed<T, W> load_last(const T *p)
+{
+    if constexpr (sizeof(packed<T, W>) == 16) {
+        uint4 q = __ldcs(reinterpret_cast<const uint4 *>(p));
+        return {{q.x, q.y, q.z, q.w}};
+    } else return load_packed<T, W>(p);
 }
 
 /* T0: the slot of the first temperature, -1: whichever the shape says. Bit i of SQUARES: slot i takes the square of slot i - 1. total[SLOTS] of a part: the sum of 2^e times e at T0; where T0's slot is a square, e is its root's exponent. */
@@ -327,22 +404,24 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) stream_kernel(row_part *parts
 {
     extern __shared__ __align__(16) unsigned char memory[];
     stream_shared &s = *reinterpret_cast<stream_shared *>(memory);
-    packed<T, W> *note = reinterpret_cast<packed<T, W> *>(memory + sizeof s);
-    int *note_at = reinterpret_cast<int *>(note + shape.notes);
+    packed<T, W> *aside = reinterpret_cast<packed<T, W> *>(memory + sizeof s);
+    int *aside_index = reinterpret_cast<int *>(aside + THREADS / 32 * shape.aside);
     uint32_t *sampled = reinterpret_cast<uint32_t *>(memory + sizeof s);
     const T *row = logits + blockIdx.x * V;
     unsigned long long *list = lists + (int64_t)blockIdx.x * shape.room;
-    int K = shape.K > 0 ? shape.K : 1, vectors = Vv / W, stages = vectors / THREADS, me = threadIdx.x;
-    const int T0_slot = T0 >= 0 ? T0 : shape.slot_of[0];
+    const int K = shape.K > 0 ? shape.K : 1, T0_slot = T0 >= 0 ? T0 : shape.slot_of[0], me = threadIdx.x;
+    const bool two = K > THREADS / 4;                       /* maxima of a thread; one is as good where few are wanted */
 
-    /* 1: the floor. What fills no stage is stage -1, a vector of some threads, and an element of fewer. */
-    int at_last = stages * THREADS + me, before = (int)div_up(stages + (vectors > stages * THREADS), AHEAD) * AHEAD - stages;         /* stages before 0: they fill the first round of AHEAD up */
-    bool has_element = me < Vv - vectors * W;
-    packed<T, W> ahead[AHEAD];
-    float most[2] = {-CUDART_INF_F, -CUDART_INF_F}, element = -CUDART_INF_F;
+    /* A round is AHEAD stages. After the whole ones comes one of `left` stages, at most AHEAD - 1, and, in the last place, for some threads, a vector that fills no stage; what fills no vector is an
+     * element of some. */
+    const int vectors = Vv / W, stages = vectors / THREADS, rounds = stages / AHEAD, left = stages - rounds * AHEAD;
+    const bool has_vector = me < vectors - stages * THREADS, has_element = me < Vv - vectors * W;
+
+    /* 1: the floor */
+    float most[2] = {-CUDART_INF_F, -CUDART_INF_F};
     {
         const T *from = row + me * W;
-        int64_t stride = stages > SAMPLE ? (int64_t)(stages / SAMPLE) * (THREADS * W) : THREADS * W;
+        const int64_t stride = stages > SAMPLE ? (int64_t)(stages / SAMPLE) * (THREADS * W) : THREADS * W;
         #pragma unroll
         for (int half = 0; half < 2; half++) {
             packed<T, W> v[SAMPLE / 2];
@@ -351,19 +430,16 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) stream_kernel(row_part *parts
             #pragma unroll
             for (int i = 0; i < SAMPLE / 2; i++) if (half * SAMPLE / 2 + i < stages) most[half] = fmaxf(most[half], largest<T, W>(v[i]));
         }
+        if (stages < SAMPLE && has_vector) most[1] = fmaxf(most[1], largest<T, W>(load_packed<T, W>(row + (stages * THREADS + me) * W)));
     }
-    const T *from = row + (me - before * THREADS) * (int64_t)W;               /* stage -before */
+    packed<T, W> ahead[AHEAD];
+    const T *from = row + me * W;                           /* of the round that is asked for next; whole: it is not the last */
+    auto fetch = [&](int i, bool whole) {
+        if (whole || (i < AHEAD - 1 && i < left)) ahead[i] = load_last<T, W>(from + i * (THREADS * W));
+        else if (i == AHEAD - 1 && has_vector) ahead[i] = load_last<T, W>(from + left * (THREADS * W));
+    };
     #pragma unroll
-    for (int i = 0; i < AHEAD; i++) {
-        #pragma unroll
-        for (int w = 0; w < (int)(sizeof ahead[i].word / 4); w++) ahead[i].word[w] = sizeof(T) == 2 ? 0xff80ff80u : 0xff800000u;      /* -infinity: adds nothing */
-        bool there = i < before ? i == before - 1 && at_last < vectors : i < before + stages;
-        if (there) ahead[i] = load_packed<T, W>(i < before ? row + at_last * W : from + i * (THREADS * W));
-    }
-    #pragma unroll
-    for (int i = 0; i < AHEAD; i++) if (i < before) most[1] = fmaxf(most[1], largest<T, W>(ahead[i]));
-    if (has_element) element = to_float(row[vectors * W + me]);
-    bool two = K > THREADS / 4;                             /* one is as good where few are wanted */
+    for (int i = 0; i < AHEAD; i++) fetch(i, rounds > 0);
     sampled[me] = ordered_key(two ? most[0] : fmaxf(most[0], most[1]));
     if (two) sampled[THREADS + me] = ordered_key(most[1]);
     __syncthreads();
@@ -371,13 +447,14 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) stream_kernel(row_part *parts
         uint32_t kth = two ? kth_of_keys<T, 2 * THREADS / 32>(sampled, K) : kth_of_keys<T, THREADS / 32>(sampled, K);
         if (me == 0) {
             s.kth = kth;
-            s.notes = s.count = 0;
+            s.count = 0;
         }
     }
     __syncthreads();
     float reached = key_value(s.kth), floor = reached > GONE ? reached : 0;
 
     /* 2: the stream */
+    int kept = 0;
     float sum[SLOTS + 1] = {}, shift[SLOTS];
     #pragma unroll
     for (int k = 0; k < SLOTS; k++) shift[k] = SQUARES >> k & 1 ? 2 * shift[k - 1] : floor * shape.c[k];
@@ -396,59 +473,84 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) stream_kernel(row_part *parts
         }
         sum[SLOTS] = fmaf(y0, e0, sum[SLOTS]);
     };
-    auto column_of = [&](int noted) { return noted >= 0 ? noted * W : noted + THREADS >= 0 && at_last - me + noted + THREADS < vectors ? (at_last - me + noted + THREADS) * W : -1; };
-    auto consume = [&](packed<T, W> v, int stage) {
-        if (reaches<T, W>(v, reached)) {
-            int to = atomicAdd(&s.notes, 1);
-            if (to < shape.notes) {
-                note[to] = v;
-                note_at[to] = stage * THREADS + me;
-            } else take_vector<T, W>(list, &s.count, shape.room, v, reached, column_of(stage * THREADS + me));
-            keep_below<T, W>(v, reached);
-        }
-        make_finite<T, W>(v);
+    auto add_vector = [&](packed<T, W> v) {
         float t[W];
+        make_finite<T, W>(v);
         unpack<T, W>(t, v);
         #pragma unroll
         for (int i = 0; i < W; i++) add(t[i]);
     };
-    for (int stage = -before; stage < stages; stage += AHEAD) {
-        bool more = stage + AHEAD < stages;
+    aside += me / 32 * shape.aside;                         /* this warp's */
+    aside_index += me / 32 * shape.aside;
+    /* The whole warp takes part. */
+    auto consume = [&](packed<T, W> v, int stage, bool there) {
+        const bool apart = there && reaches<T, W>(v, reached);
+        const unsigned which = __ballot_sync(0xffffffffu, apart);
+        if (which) {
+            int at = kept + __popc(which & ((1u << me % 32) - 1));
+            if (apart && at < shape.aside) {
+                aside[at] = v;
+                aside_index[at] = stage * THREADS + me;
+            }
+            kept += __popc(which);
+        }
+        if (apart) v = none<T, W>();
+        add_vector(v);
+    };
+    for (int round = 0; round < rounds; round++) {
         from += AHEAD * THREADS * W;
         #pragma unroll
         for (int i = 0; i < AHEAD; i++) {
-            consume(ahead[i], stage + i);
-            if (more) ahead[i] = load_packed<T, W>(from + i * (THREADS * W));
+            consume(ahead[i], round * AHEAD + i, true);
+            fetch(i, round + 1 < rounds);
         }
     }
+    #pragma unroll
+    for (int i = 0; i < AHEAD - 1; i++) if (i < left) consume(ahead[i], rounds * AHEAD + i, true);
+    consume(has_vector ? ahead[AHEAD - 1] : none<T, W>(), stages, has_vector);
     if (has_element) {
-        packed<T, 1> v = {{sizeof(T) == 2 ? __float_as_uint(element) >> 16 : __float_as_uint(element)}};
-        if (element >= reached) take_vector<T, 1>(list, &s.count, shape.room, v, reached, vectors * W + me);
-        else add(element < GONE ? GONE : element);
+        const T *t = row + vectors * W + me;
+        packed<T, 1> v = load_packed<T, 1>(t);
+        if (to_float(*t) >= reached) take_reaching<T, 1>(list, &s.count, shape.room, v, t, reached, vectors * W + me);
+        else add(to_float(*t) < GONE ? GONE : to_float(*t));
     }
+    __syncwarp();
+    for (int h = me % 32; h < min(kept, shape.aside); h += 32) {
+        packed<T, W> v = aside[h];
+        take_reaching<T, W>(list, &s.count, shape.room, v, reinterpret_cast<const T *>(aside + h), reached, aside_index[h] * W);
+        keep_below<T, W>(v, reached);
+        add_vector(v);
+    }
+    if (me % 32 == 0 && kept > shape.aside) atomicAdd(&s.count, shape.room + 1);
     __syncthreads();
-    for (int h = me; h < min(s.notes, shape.notes); h += THREADS) take_vector<T, W>(list, &s.count, shape.room, note[h], reached, column_of(note_at[h]));
+    block_totals(s.total, s.partial, sum);
+    bool again = s.count > shape.room;
+    if (s.count == K && Vv > K) for (int i = 0; i < shape.nT; i++) again |= s.total[shape.slot_of[i]] < TINY;
+    if (again) row_again<T, W>(s, sampled, list, floor, row, shape, K, Vv);
     row_part &part = parts[blockIdx.x];
-    block_totals(part.total, s.partial, sum);
+    if (me < (again ? MAX_T + 2 : SLOTS + 1)) part.total[me] = s.total[me];
     if (me) return;
     part.floor = floor;
-    part.count = s.count;
+    part.count = again ? K : s.count;
+    part.again = again;
 }
 
 /* ran_slots, ran_squares: SLOTS and SQUARES of the first kernel */
-template <typename T, int W>
-__global__ void __launch_bounds__(RANK_THREADS) rank_kernel(targets_out out, const row_part *parts, const unsigned long long *lists, const T *__restrict__ logits, const int32_t *labels,
-                                                            const __grid_constant__ targets_shape shape, int ran_slots, int ran_squares, int64_t V, int Vv)
+template <typename T, int MOST>
+__global__ void __launch_bounds__(rank_shared<MOST>::BLOCK) rank_kernel(targets_out out, const row_part *parts, const unsigned long long *lists, const T *__restrict__ logits, const int32_t *labels,
+                                                                         const __grid_constant__ targets_shape shape, int ran_slots, int ran_squares, int64_t V, int Vv)
 {
+    constexpr int BLOCK = rank_shared<MOST>::BLOCK;
     extern __shared__ __align__(16) unsigned char memory[];
-    rank_shared &s = *reinterpret_cast<rank_shared *>(memory);
-    unsigned long long *list = reinterpret_cast<unsigned long long *>(memory + sizeof(rank_shared));
+    rank_shared<MOST> &s = *reinterpret_cast<rank_shared<MOST> *>(memory);
+    unsigned long long *list = reinterpret_cast<unsigned long long *>(memory + sizeof s);
     int64_t n = blockIdx.x;
     const T *row = logits + n * V;
     const row_part &part = parts[n];
-    int K = shape.K > 0 ? shape.K : 1, T0_slot = shape.slot_of[0], count = part.count;
-    float floor = part.floor;
-    for (int k = threadIdx.x; k < min(count, shape.room); k += RANK_THREADS) list[k] = lists[n * shape.room + k];
+    const int K = shape.K > 0 ? shape.K : 1, T0_slot = shape.slot_of[0], count = part.count;
+    const float floor = part.floor;
+    for (int k = threadIdx.x; k < count; k += BLOCK) list[k] = lists[n * shape.room + k];
+    float label_logit = threadIdx.x == 0 && out.label_logprob && labels[n] >= 0 ? to_float(row[labels[n]]) : 0;
     if (threadIdx.x == 0) {
         /* from 2^{t c - shift} to 2^{c (t - floor)}, and from exponents to logits; a square's root carries its exponent halved */
         double root = 0, unit = 1;
@@ -456,47 +558,38 @@ __global__ void __launch_bounds__(RANK_THREADS) rank_kernel(targets_out out, con
         for (int k = 0; k < shape.slots; k++) {
             bool square = ran_squares >> k & 1;
             shift = square ? 2 * shift : floor * shape.c[k];
-            double by = (double)floor * shape.c[k] - shift, total = part.total[k];
+            double by = part.again ? 0 : (double)floor * shape.c[k] - shift, total = part.total[k];
             if (square) unit *= 2;
             else { root = by; unit = 1; }
-            if (k == T0_slot) s.total[MAX_T + 1] = unit * (part.total[ran_slots] - root * total) / shape.c[k] * exp2_residue(-by);
+            if (k == T0_slot) s.total[MAX_T + 1] = part.again ? part.total[MAX_T + 1] : unit * (part.total[ran_slots] - root * total) / shape.c[k] * exp2_residue(-by);
             s.total[k] = total * exp2_residue(-by);
         }
     }
     if (out.padding_mass) {
-        float padding_top = -CUDART_INF_F, mass = 0;
-        for (int64_t j = Vv + threadIdx.x; j < V; j += RANK_THREADS) padding_top = fmaxf(padding_top, to_float(row[j]));
-        padding_top = block_max(padding_top);
-        if (padding_top > -CUDART_INF_F)
-            for (int64_t j = Vv + threadIdx.x; j < V; j += RANK_THREADS) mass += exp2_fast((to_float(row[j]) - padding_top) * LOG2E);
-        double total = block_sum((double)mass);
-        if (threadIdx.x == 0) {
-            s.padding_top = padding_top;
-            s.padding_mass = total;
+        constexpr int BATCH = 8;
+        const float c[1] = {LOG2E};
+        const double one[1] = {1};
+        double lse[1];
+        running_sums<1> sums;
+        sums.clear();
+        for (int64_t j = Vv + threadIdx.x; j < V; j += BATCH * BLOCK) {
+            float x[BATCH];
+            #pragma unroll
+            for (int i = 0; i < BATCH; i++) x[i] = j + i * BLOCK < V ? to_float(row[j + i * BLOCK]) : -CUDART_INF_F;
+            sums.add<BATCH>(x, c);
         }
+        sums.merge(lse, c, one);
+        if (threadIdx.x == 0) s.padding_lse = lse[0];
     }
     __syncthreads();
-    bool again = count > shape.room;
-    if (!again && count == K && Vv > count) for (int i = 0; i < shape.nT; i++) again |= s.total[shape.slot_of[i]] < TINY;
-    if (!again) {
-        part_head<T>(s, list, count, K);
-        again = s.reaching > SORTED;
-    }
-    __syncthreads();
-    if (again) {
-        row_again<T, W>(s, list, floor, row, shape, K, Vv);
-        count = K;
-        for (int k = threadIdx.x; k < K; k += RANK_THREADS) s.sorted[k] = list[k];
-        if (threadIdx.x == 0) s.reaching = K;
-        __syncthreads();
-    }
+    part_head<T, MOST>(s, list, count, K);
 
     /* 3: the ranking, and what follows from it; NaN in a row leaves NaN in its sums, and the list short of entries or with NaN on top */
     const unsigned long long *sorted = s.sorted;
-    sort_descending(s.sorted, s.reaching);
+    sort_descending<MOST>(s.sorted, s.reaching);
     unsigned long long last = count >= K ? sorted[K - 1] : 0;                 /* of the head: what ranks after it is tail */
     float top = count ? ranked_logit(sorted[0]) : floor, second = -CUDART_INF_F;
-    for (int k = threadIdx.x; k < count; k += RANK_THREADS) if (list[k] < last) second = fmaxf(second, ranked_logit(list[k]));
+    for (int k = threadIdx.x; k < count; k += BLOCK) if (list[k] < last) second = fmaxf(second, ranked_logit(list[k]));
     second = block_max(second);
     float next = K > 1 && count > 1 ? ranked_logit(sorted[1]) : second;       /* the largest but one */
     if (next == -CUDART_INF_F) next = top;                                    /* there is none, or it has no mass */
@@ -508,7 +601,7 @@ __global__ void __launch_bounds__(RANK_THREADS) rank_kernel(targets_out out, con
         bool with_spread = i == T0_slot && shape.entropy;
         long long others = 0, tail = 0, spread = 0;
         float c = shape.c[i];
-        for (int k = threadIdx.x; k < count; k += RANK_THREADS) {
+        for (int k = threadIdx.x; k < count; k += BLOCK) {
             unsigned long long entry = list[k];
             float t = ranked_logit(entry), y = exp2_fast((t - next) * c);
             if (entry < last) tail += whole_units(exp2_fast((t - second) * c));
@@ -525,12 +618,12 @@ __global__ void __launch_bounds__(RANK_THREADS) rank_kernel(targets_out out, con
         if (with_spread) s.units[warp].spread = spread;
     }
     __syncthreads();
-    /* A thread a temperature: what follows is one long chain of double precision, in which each instruction waits for the one before. Another fetches the label's logit meanwhile. */
+    /* A thread a temperature: what follows is one long chain of double precision, in which each instruction waits for the one before. */
     if ((int)threadIdx.x < shape.slots) {
         int i = threadIdx.x;
         bool with_spread = i == T0_slot && shape.entropy;
         long long others_units = 0, tail_units = 0, spread_units = 0;
-        for (int w = 0; w < RANK_THREADS / 32; w++) {
+        for (int w = 0; w < BLOCK / 32; w++) {
             others_units += s.units[w].others[i];
             tail_units += s.units[w].tail[i];
             if (with_spread) spread_units += s.units[w].spread;
@@ -552,10 +645,10 @@ __global__ void __launch_bounds__(RANK_THREADS) rank_kernel(targets_out out, con
             if (rest > 0) spread += at_floor * (-s.total[MAX_T + 1] * inv_T - rest * below);
             out.entropy[n] = (float)(log_sum + spread / (1 + others));
         }
-    } else if (threadIdx.x == RANK_THREADS / 2 && out.label_logprob && labels[n] >= 0) s.label_logit = to_float(row[labels[n]]);
+    }
     __syncthreads();
     double inv_T0 = shape.inv_T[shape.slot_of[0]], lse0 = s.lse[shape.slot_of[0]];
-    for (int k = threadIdx.x; k < shape.K; k += RANK_THREADS) {
+    for (int k = threadIdx.x; k < shape.K; k += BLOCK) {
         bool there = k < count;
         if (out.head_ids) out.head_ids[n * shape.K + k] = there ? ranked_id(sorted[k]) : 0;
         if (out.head_logprob) out.head_logprob[n * shape.K + k] = there ? (float)(ranked_logit(sorted[k]) * inv_T0 - lse0) : CUDART_NAN_F;
@@ -566,10 +659,10 @@ __global__ void __launch_bounds__(RANK_THREADS) rank_kernel(targets_out out, con
         if (out.tail_logmass) out.tail_logmass[n * shape.nT + t] = (float)s.tail_logmass[i];
     }
     if (threadIdx.x) return;
-    if (out.label_logprob) out.label_logprob[n] = labels[n] >= 0 ? (float)(s.label_logit * inv_T0 - lse0) : 0;
+    if (out.label_logprob) out.label_logprob[n] = labels[n] >= 0 ? (float)(label_logit * inv_T0 - lse0) : 0;
     if (out.padding_mass) {
-        double ratio = s.padding_mass * exp_short(s.padding_top - s.lse[shape.unit_slot]);
-        out.padding_mass[n] = s.padding_mass > 0 ? (float)(ratio / (1 + ratio)) : 0;
+        double ratio = exp_short(s.padding_lse - s.lse[shape.unit_slot]);
+        out.padding_mass[n] = s.padding_lse > -CUDART_INF ? (float)(ratio / (1 + ratio)) : 0;
     }
 }
 
@@ -606,15 +699,19 @@ struct launch_args { const targets_out *out; row_part *parts; unsigned long long
 template <typename T, int W, int SLOTS, int SQUARES, int T0> static void launch(struct backend *be, const launch_args &a)
 {
     auto stream = stream_kernel<T, W, SLOTS, SQUARES, T0>;
-    auto rank = rank_kernel<T, W>;
     const targets_shape &shape = *a.shape;
-    size_t first_bytes = stream_bytes<T, W>(shape.notes), rank_bytes = sizeof(rank_shared) + (size_t)shape.room * sizeof *a.lists;
-    CUDA_CHECK(cudaFuncSetAttribute((const void *)stream, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)first_bytes));
-    CUDA_CHECK(cudaFuncSetAttribute((const void *)rank, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)rank_bytes));
-    stream<<<(unsigned)a.R, THREADS, first_bytes, cuda_state_of(be)->stream>>>(a.parts, a.lists, (const T *)a.logits, shape, a.V, (int)a.Vv);
+    struct cuda_state *state = cuda_state_of(be);
+    size_t bytes = stream_bytes<T, W>(shape.aside), list_bytes = (size_t)shape.room * sizeof *a.lists;
+    CUDA_CHECK(cudaFuncSetAttribute((const void *)stream, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+    stream<<<(unsigned)a.R, THREADS, bytes, state->stream>>>(a.parts, a.lists, (const T *)a.logits, shape, a.V, (int)a.Vv);
     CUDA_CHECK(cudaGetLastError());
-    rank<<<(unsigned)a.R, RANK_THREADS, rank_bytes, cuda_state_of(be)->stream>>>(*a.out, a.parts, a.lists, (const T *)a.logits, a.labels, shape, SLOTS, SQUARES, a.V, (int)a.Vv);
-    CUDA_CHECK(cudaGetLastError());
+    auto rank = [&](auto kernel, int threads, size_t with_list) {
+        CUDA_CHECK(cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)with_list));
+        kernel<<<(unsigned)a.R, (unsigned)threads, with_list, state->stream>>>(*a.out, a.parts, a.lists, (const T *)a.logits, a.labels, shape, SLOTS, SQUARES, a.V, (int)a.Vv);
+        CUDA_CHECK(cudaGetLastError());
+    };
+    if (shape.K <= 64) rank(rank_kernel<T, 64>, rank_shared<64>::BLOCK, sizeof(rank_shared<64>) + list_bytes);
+    else rank(rank_kernel<T, MAX_K>, rank_shared<MAX_K>::BLOCK, sizeof(rank_shared<MAX_K>) + list_bytes);
 }
 
 /* In bf16, which dumps are made in, up to three temperatures, of which the first is the lowest, have kernels of their own. */
@@ -638,12 +735,11 @@ static void by_slots(struct backend *be, const launch_args &a)
     }
 }
 
-/* Of rows of 152k independent logits some 340 entries reach the floor for top 64, 1,640 for top 256: K-th of the sample's 256 (512) maxima of 128 (64) logits. More vectors than these have room here,
- * not the most that fits, because shared memory is taken from the cache that the row comes through. */
-static int notes_kept(int K) { return K <= 64 ? 768 : 2048; }
+/* Entries that a row's list has room for. Of rows of 152k independent logits some 340 reach the floor for top 64, 1,640 for top 256: K-th of the sample's 256 (512) maxima of 128 (64) logits. */
+static int list_room(int K) { return K <= 85 ? 1024 : 12 * K; }
 
-/* Entries that a row's list has room for: two and a half times as many */
-static int list_room(int K) { return K <= 64 ? 896 : 16 * K; }
+/* Vectors that a warp sets aside: of such rows 43 or 205 in the mean; more would leave no room for BLOCKS blocks. */
+static int set_aside(int K) { return K <= 85 ? 128 : 336; }
 
 /* Parts and lists of a launch; a chunk whose rows need more goes in several. */
 constexpr size_t MOST_SCRATCH = CUDA_PRODUCT_WORKSPACE;
@@ -674,7 +770,7 @@ extern "C" void cuda_teacher_targets(struct backend *be, const struct teacher_ta
     shape.K = out->K;
     shape.entropy = out->entropy != NULL;
     shape.unit_slot = unit >= 0 ? shape.slot_of[unit] : -1;
-    shape.notes = notes_kept(out->K);
+    shape.aside = set_aside(out->K);
     shape.room = list_room(out->K);
     for (int i = shape.slots; i <= MAX_T; i++) { shape.inv_T[i] = shape.inv_T[0]; shape.c[i] = shape.c[0]; }
     size_t per_row = row_scratch(out->K);

@@ -72,6 +72,7 @@ static bool try_to_meet(const thread &t)
         if (!same_place(lane[l], t)) stop("lanes of a warp meet at different places: " + described(t) + " and " + described(lane[l]));
         if (t.kind == BALLOT) made_of_all |= (uint64_t)(lane[l].value != 0) << l;
         if (t.kind == REDUCE_ADD) made_of_all = (unsigned)(made_of_all + lane[l].value);
+        if (t.kind == REDUCE_MAX && lane[l].value > made_of_all) made_of_all = lane[l].value;
     }
     for (int l = 0; l < lanes; l++) {
         if (!taking_part(l)) continue;

@@ -56,6 +56,8 @@ inline unsigned __ballot_sync(unsigned mask, int predicate, PLACE)
     return (unsigned)emulator::meet_warp(emulator::BALLOT, mask, predicate != 0, 0, 32, at);
 }
 inline int __reduce_add_sync(unsigned mask, int v, PLACE) { return (int)emulator::meet_warp(emulator::REDUCE_ADD, mask, (unsigned)v, 0, 32, at); }
+inline unsigned __reduce_max_sync(unsigned mask, unsigned v, PLACE) { return (unsigned)emulator::meet_warp(emulator::REDUCE_MAX, mask, v, 0, 32, at); }
+inline unsigned __reduce_min_sync(unsigned mask, unsigned v, PLACE) { return ~(unsigned)emulator::meet_warp(emulator::REDUCE_MAX, mask, ~v, 0, 32, at); }
 inline void __syncwarp(unsigned mask = 0xffffffffu, PLACE) { emulator::meet_warp(emulator::SYNCWARP, mask, 0, 0, 32, at); }
 inline void __syncthreads(PLACE) { emulator::meet_block(emulator::BARRIER, false, at); }
 inline int __syncthreads_count(int predicate, PLACE) { return emulator::meet_block(emulator::BARRIER_COUNT, predicate != 0, at); }
@@ -93,7 +95,10 @@ inline unsigned __float_as_uint(float x) { return from_bits<unsigned>(bits_of(x)
 inline float __uint_as_float(unsigned u) { return from_bits<float>(u); }
 inline float __int_as_float(int i) { return from_bits<float>((unsigned)i); }
 inline double __longlong_as_double(long long i) { return from_bits<double>((uint64_t)i); }
+template <typename T> T __ldcs(const T *p) { return *p; }
 inline int __popc(unsigned u) { return __builtin_popcount(u); }
+inline int __ffs(int i) { return __builtin_ffs(i); }
+inline int __clz(int i) { return i ? __builtin_clz((unsigned)i) : 32; }
 inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)((uint64_t)a * b >> 32); }
 inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) { return (unsigned long long)((unsigned __int128)a * b >> 64); }
 inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector)

@@ -29,7 +29,7 @@ MUTATIONS = [
              "atomicOr(&head[id >> 5], 1u << (id & 31));", "head[id >> 5] |= 1u << (id & 31);"),
     Mutation("the floor is read before the warp that looks for it has written it", "race", "teacher_targets",
              "    __syncthreads();\n    float reached", "    float reached"),
-    Mutation("a logit at the floor is neither summed nor listed", "address", "teacher_targets", "n += t[i] >= reached;", "n += t[i] > reached;"),
+    Mutation("a logit at the floor is neither summed nor listed", "address", "teacher_targets", "(unsigned)(t[i] >= reached)", "(unsigned)(t[i] > reached)"),
     Mutation("one element too many is written", "address", "embed", "if (c >= C) return;", "if (c > C) return;"),
     Mutation("one word too many of dynamic shared memory is cleared", "address", "sample_targets", "i < words;", "i <= words;"),
     Mutation("a row is used before its asynchronous copies have arrived", "address", "rmsnorm", "wait_for_all_but<RING - 1>();", "wait_for_all_but<RING>();"),

@@ -24,7 +24,7 @@ struct place {
     const char *file;
     int line;
 };
-enum meeting { SHUFFLE, SHUFFLE_XOR, SHUFFLE_UP, BALLOT, REDUCE_ADD, SYNCWARP, BARRIER, BARRIER_COUNT };
+enum meeting { SHUFFLE, SHUFFLE_XOR, SHUFFLE_UP, BALLOT, REDUCE_ADD, REDUCE_MAX, SYNCWARP, BARRIER, BARRIER_COUNT };
 
 /* Lanes of a warp, those in `mask`: gives each the value of another (by parameter and width), or what is made of all. */
 uint64_t meet_warp(meeting kind, unsigned mask, uint64_t value, int parameter, int width, place at);
