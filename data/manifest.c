@@ -19,7 +19,7 @@
 #define CHECK_KEY ",\n  \"check\": \""
 
 enum { MANIFEST_MAX_BYTES = 65536 };
-static const int64_t SHARD_MAX_BYTES = (int64_t)1 << 40, MAX_ROWS = (int64_t)1 << 40;
+static const int64_t SHARD_MAX_BYTES = (int64_t)1 << 40, MAX_ROWS = (int64_t)1 << 40, MAX_BLOCKS = 4096;
 static const char *const kind_names[SHARD_KIND_COUNT] = {"topk", "full", "hybrid", "sampled"};
 
 const char *shard_kind_name(enum shard_kind kind) { return kind_names[kind]; }
@@ -133,6 +133,8 @@ int manifest_check(const struct shard_manifest *m, const char *where, int status
         return fail(status, "%s: %lld rows of %lld bytes make a shard of more than 2^40 bytes; use smaller shards", where, (long long)m->rows_per_shard, (long long)row);
     const struct precision_error *e = &m->error;
     if (m->precision == PRECISION_FP8) {
+        WITHIN(m->native_first, 0, MAX_BLOCKS, "blocks of native_blocks");
+        WITHIN(m->native_last, 0, MAX_BLOCKS, "blocks of native_blocks");
         WITHIN(e->rows, 1, MAX_ROWS, "rows of precision_error");
         WITHIN(e->positions, 1, INT64_MAX, "positions of precision_error");
         if (!(e->kl >= 0 && e->kl_row_max >= 0 && e->label_difference >= 0 && isfinite(e->kl + e->kl_row_max + e->label_difference)) || !(e->agreement >= 0 && e->agreement <= 1))
@@ -164,6 +166,8 @@ enum { DUMP_FLAGS = JSON_ENCODE_ANY | JSON_REAL_PRECISION(9) };
 /* The key of D; NULL: this kind does not draw, and a manifest of it has no such key. */
 static const char *draws_key(enum shard_kind kind) { return kind == SHARD_HYBRID ? "m" : kind == SHARD_SAMPLED ? "n" : NULL; }
 
+static json_t *native_blocks(const struct shard_manifest *m) { return json_pack("[i, i]", m->native_first, m->native_last); }
+
 /* A measured number: more digits than it is worth are in nobody's way of reading it. */
 static json_t *measured(double value)
 {
@@ -192,6 +196,7 @@ static json_t *manifest_to_json(const struct shard_manifest *m)
         json_object_set_new(o, "teacher_precision", json_string(teacher_precision_name(m->precision)));
         json_object_set_new(o, "precision_error", json_pack("{s:I, s:I, s:o, s:o, s:o, s:o}", "rows", (json_int_t)e->rows, "positions", (json_int_t)e->positions, "kl", measured(e->kl),
                             "kl_row_max", measured(e->kl_row_max), "top1_agreement", measured(e->agreement), "label_logprob_difference", measured(e->label_difference)));
+        if (m->native_first || m->native_last) json_object_set_new(o, "native_blocks", native_blocks(m));
     }
     return o;
 }
@@ -244,12 +249,15 @@ static int get_measured(const json_t *o, const char *key, const char *where, dou
     return json_is_number(v) ? OK : fail(ERR_INPUT, "%s: key \"%s\" of precision_error is missing or not a number; " SHARD_REMEDY, where, key);
 }
 
-/* Neither key, or both. */
+/* Neither of the two keys, or both; with both perhaps native_blocks. */
 static int precision_parse(const json_t *o, const char *where, struct shard_manifest *m)
 {
     const json_t *precision = json_object_get(o, "teacher_precision"), *e = json_object_get(o, "precision_error");
     int rc = OK;
-    if (!precision && !e) goto out;
+    if (!precision && !e) {
+        if (json_object_get(o, "native_blocks")) rc = fail(ERR_INPUT, "%s: native_blocks are there and no teacher_precision; " SHARD_REMEDY, where);
+        goto out;
+    }
     m->precision = PRECISION_FP8;
     if (!json_is_string(precision) || strcmp(json_string_value(precision), teacher_precision_name(PRECISION_FP8))) {
         rc = fail(ERR_INPUT, "%s: teacher_precision is not \"%s\", and another is not known to format version %d: use a newer distill", where, teacher_precision_name(PRECISION_FP8), SHARD_VERSION);
@@ -262,6 +270,15 @@ static int precision_parse(const json_t *o, const char *where, struct shard_mani
     TRY(get_measured(e, "kl_row_max", where, &m->error.kl_row_max));
     TRY(get_measured(e, "top1_agreement", where, &m->error.agreement));
     TRY(get_measured(e, "label_logprob_difference", where, &m->error.label_difference));
+    const json_t *native = json_object_get(o, "native_blocks"), *first = json_array_get(native, 0), *last = json_array_get(native, 1);
+    if (!native) goto out;                                  /* none */
+    if (json_array_size(native) != 2 || !json_is_integer(first) || !json_is_integer(last) || json_integer_value(first) < 0 || json_integer_value(first) > MAX_BLOCKS || json_integer_value(last) < 0 ||
+        json_integer_value(last) > MAX_BLOCKS || json_integer_value(first) + json_integer_value(last) == 0) {
+        rc = fail(ERR_INPUT, "%s: native_blocks is not a list of two numbers of blocks, not both 0; " SHARD_REMEDY, where);
+        goto out;
+    }
+    m->native_first = (int)json_integer_value(first);
+    m->native_last = (int)json_integer_value(last);
 out:
     return rc;
 }
@@ -270,7 +287,7 @@ static int members_parse(const json_t *o, const char *where, struct shard_manife
 {
     static const char *const known[] = {"format", "version", "tool", "kind", "rows", "row_length", "rows_per_shard", "k", "temperatures", "valid_vocab",
                                         "teacher_vocab", "seed", "teacher_name", "teacher_config_hash", "teacher_weights_hash", "tokenizer_hash",
-                                        "corpus_hash", "packing", "text_bytes", "teacher_precision", "precision_error", "check"};
+                                        "corpus_hash", "packing", "text_bytes", "teacher_precision", "precision_error", "native_blocks", "check"};
     int rc = OK;
     int64_t version = 0, k = 0, draws = 0, valid_vocab = 0, teacher_vocab = 0;
     char format[64], kind[32], tool[256], seed[24];
@@ -384,6 +401,8 @@ int manifest_same(const char *where, const struct shard_manifest *file, const st
     if (!b) { rc = fail(ERR_USAGE, "%s: the teacher's name or the packing is not valid UTF-8; rename the teacher", where); goto out; }
     json_object_set_new(a, "teacher_precision", json_string(teacher_precision_name(file->precision)));   /* here a native one has it too */
     json_object_set_new(b, "teacher_precision", json_string(teacher_precision_name(want->precision)));
+    json_object_set_new(a, "native_blocks", native_blocks(file));
+    json_object_set_new(b, "native_blocks", native_blocks(want));
     json_object_foreach(b, key, value) {
         const json_t *there = json_object_get(a, key);
         if (!strcmp(key, "teacher_name") || !strcmp(key, "precision_error") || json_equal(there, value)) continue;

@@ -52,6 +52,7 @@ struct shard_manifest {
     char teacher_name[256];                     /* for people: a run that goes on may have another */
     int64_t text_bytes;                         /* corpus_rows.bytes */
     enum teacher_precision precision;
+    int native_first, native_last;              /* PRECISION_FP8: so many blocks at the two ends of the teacher were not rounded */
     struct precision_error error;               /* measured once, by whoever made the manifest; all 0 of a native teacher. The other thing in which a run that goes on may differ */
 };
 /* Reads dir/manifest.json alone. */

@@ -306,46 +306,47 @@ static int limit_rows(const struct bench *b, const struct pass *p, struct row *r
     double attention = model_config_forward_flops(c, b->c->corpus_row_length) - 2 * L * P - head;
     double optimizer = (double)model_config_parameters(c) / (double)(p->step_tokens ? p->step_tokens : 1);
     bool cheap = p->recompute >= RECOMPUTE_SWIGLU_NORM, ffn = p->recompute >= RECOMPUTE_FFN, block = p->recompute == RECOMPUTE_BLOCK;
-    double inputs = L * (2 * C + q + F), outputs = L * (W + 2 * C + 2 * F);     /* of the products of the layers */
-    double h = b->fp8 ? 1 : e;                /* bytes of an element that an op writes for a product to read */
-    enum row_kind layers = b->fp8 ? ROW_FP8 : ROW_PRODUCT;
+        double L8 = b->fp8 ? b->fp8_blocks : 0, N = L - L8, h = L8 + N * e;        /* blocks in fp8 and native; bytes of an element that an op writes for a product to read, over all of them */
     int n = 0;
 #define ROW(...) row[n++] = (struct row){__VA_ARGS__}
-    ROW("layers forward", layers, 2 * L * P, "2 L P,  P = C W + Hq D C + 3 C F,  W = (Hq + 2 Hkv) D");
+    if (L8 > 0) ROW("layers forward, fp8", ROW_FP8, 2 * L8 * P, "2 L8 P,  P = C W + Hq D C + 3 C F,  W = (Hq + 2 Hkv) D;  L8 blocks in fp8, N native, L in all");
+    if (N > 0) ROW("layers forward", ROW_PRODUCT, 2 * N * P, L8 > 0 ? "2 N P" : "2 L P,  P = C W + Hq D C + 3 C F,  W = (Hq + 2 Hkv) D");
     ROW("head forward", ROW_PRODUCT, head, "2 C V");
-    if (b->fp8) ROW("rounding inputs", ROW_BYTES, L * q * (e + 1), "L Hq D (e + 1): attention's results -> fp8; the others are written so");
+    if (b->fp8) ROW("rounding inputs", ROW_BYTES, L8 * q * (e + 1), "L8 Hq D (e + 1): attention's results -> fp8; the others are written so");
     ROW("attention forward", ROW_ATTENTION, attention, "4 L Hq D S/2");
     ROW("embedding", ROW_BYTES, 2 * C * e, "2 C e");
-    ROW("norm + residual", ROW_BYTES, (6 * L + 2) * C * e + 2 * L * C * h, b->fp8 ? "(6 L + 2) C e + 2 L C: x, r -> s, y, twice a layer, y in fp8, and once more; the first has no r and no s"
-                                                                                 : "(8 L + 2) C e: x, r -> s, y, twice a layer and once more; the first has no r and no s");
+    ROW("norm + residual", ROW_BYTES, (6 * L + 2) * C * e + 2 * C * h, b->fp8 ? "(6 L + 2) C e + 2 C (L8 + N e): x, r -> s, y, twice a layer, y in fp8, and once more; the first has no r and no s"
+                                                                             : "(8 L + 2) C e: x, r -> s, y, twice a layer and once more; the first has no r and no s");
     if (c->qk_norm) ROW("q/k norm", ROW_BYTES, 2 * L * W * e, "2 L W e");
     ROW("rope", ROW_BYTES, 2 * L * W * e, "2 L W e");
-    ROW("swiglu", ROW_BYTES, 2 * L * F * e + L * F * h, b->fp8 ? "L F (2 e + 1)" : "3 L F e");
+    ROW("swiglu", ROW_BYTES, 2 * L * F * e + F * h, b->fp8 ? "F (2 L e + L8 + N e)" : "3 L F e");
     if (!p->train) {
         if (p->full) ROW("teacher targets", ROW_BYTES, V * e + 2 * V, "V e + 2 V: logits -> f16");
         else ROW("teacher targets", ROW_BYTES, V * e + 8 * K, "V e + 8 K");
         return n;
     }
     ROW("loss", ROW_BYTES, 2 * V * e + 8 * K, "2 V e + 8 K: logits -> their gradient, in place");
-    ROW("layers backward", layers, 4 * L * P, "4 L P");
-    if (b->fp8) ROW("rounding gradients", ROW_BYTES, L * (W + 2 * C) * (e + 1), "L (W + 2 C) (e + 1): dy -> fp8; that of gate and up is written so");
-    if (b->fp8) ROW("transposing for dw", ROW_BYTES, 2 * (inputs + outputs), "2 L (4 C + Hq D + W + 3 F): x, dy -> their transposes, a byte each");
-    if (b->fp8) ROW("rounding weights", ROW_BYTES, L * P * (e + 3) / (double)(p->step_tokens ? p->step_tokens : 1), "L P (e + 3) / tokens per step: w -> fp8 -> its transpose");
+    if (L8 > 0) ROW("layers backward, fp8", ROW_FP8, 4 * L8 * P, "4 L8 P");
+    if (N > 0) ROW("layers backward", ROW_PRODUCT, 4 * N * P, L8 > 0 ? "4 N P" : "4 L P");
+    if (b->fp8) ROW("rounding gradients", ROW_BYTES, L8 * (W + 2 * C) * (e + 1), "L8 (W + 2 C) (e + 1): dy -> fp8; that of gate and up is written so");
+    if (b->fp8) ROW("transposing for dw", ROW_BYTES, 2 * L8 * (4 * C + q + W + 3 * F), "2 L8 (4 C + Hq D + W + 3 F): x, dy -> their transposes, a byte each");
+    if (b->fp8) ROW("rounding weights", ROW_BYTES, L8 * P * (e + 3) / (double)(p->step_tokens ? p->step_tokens : 1), "L8 P (e + 3) / tokens per step: w -> fp8 -> its transpose");
     ROW("head backward", ROW_PRODUCT, 2 * head, "4 C V");
     ROW("attention backward", ROW_ATTENTION_BACK, 2.5 * attention, "2.5 x forward");
     ROW("norm backward", ROW_BYTES, (8 * L + 3) * C * e, "(8 L + 3) C e: dres, dy, s -> dx");
     if (c->qk_norm) ROW("q/k norm backward", ROW_BYTES, 3 * L * (q + (W - q) / 2) * e, "3 L (Hq + Hkv) D e: dy, x -> dx, v stays");
     ROW("rope backward", ROW_BYTES, 2 * L * W * e, "2 L W e");
-    ROW("swiglu backward", ROW_BYTES, 3 * L * F * e + 2 * L * F * h, b->fp8 ? "L F (3 e + 2): dh, gate, up -> dgate, dup in fp8" : "5 L F e: dh, gate, up -> dgate, dup");
+    ROW("swiglu backward", ROW_BYTES, 3 * L * F * e + 2 * F * h, b->fp8 ? "F (3 L e + 2 L8 + 2 N e): dh, gate, up -> dgate, dup in fp8" : "5 L F e: dh, gate, up -> dgate, dup");
     ROW("embedding backward", ROW_BYTES, C * e + 2 * C * g, "C e + 2 C g");
-    if (block) ROW("recompute products", layers, 2 * L * (P - C * F), "2 L (P - C F): all but the product down");
-    else if (ffn) ROW("recompute products", layers, 4 * L * C * F, "4 L C F: gate and up");
+    double twice = block ? P - C * F : ffn ? 2 * C * F : 0;                   /* of a layer's products, those that are computed once more */
+    if (twice > 0 && L8 > 0) ROW("recompute in fp8", ROW_FP8, 2 * L8 * twice, block ? "2 L8 (P - C F): all but the product down" : "4 L8 C F: gate and up");
+    if (twice > 0 && N > 0) ROW("recompute products", ROW_PRODUCT, 2 * N * twice, L8 > 0 ? block ? "2 N (P - C F)" : "4 N C F" : block ? "2 L (P - C F): all but the product down" : "4 L C F: gate and up");
     if (block) ROW("recompute attention", ROW_ATTENTION, attention, "as forward");
     if (block) ROW("recompute rope", ROW_BYTES, (c->qk_norm ? 4 : 2) * L * W * e, c->qk_norm ? "4 L W e, q/k norm included" : "2 L W e");
-    if (block) ROW("recompute norms", ROW_BYTES, L * C * (4 * e + 2 * h), b->fp8 ? "L C (4 e + 2)" : "6 L C e");
-    else if (cheap) ROW("recompute norms", ROW_BYTES, L * C * (2 * e + 2 * h), b->fp8 ? "L C (2 e + 2)" : "4 L C e");
-    if (cheap) ROW("recompute swiglu", ROW_BYTES, L * F * (2 * e + h), b->fp8 ? "L F (2 e + 1)" : "3 L F e");
-    if (cheap && b->fp8) ROW("recompute rounding", ROW_BYTES, L * q * (e + 1), "L Hq D (e + 1): attention's out");
+    if (block) ROW("recompute norms", ROW_BYTES, C * (4 * L * e + 2 * h), b->fp8 ? "C (4 L e + 2 L8 + 2 N e)" : "6 L C e");
+    else if (cheap) ROW("recompute norms", ROW_BYTES, C * (2 * L * e + 2 * h), b->fp8 ? "C (2 L e + 2 L8 + 2 N e)" : "4 L C e");
+    if (cheap) ROW("recompute swiglu", ROW_BYTES, F * (2 * L * e + h), b->fp8 ? "F (2 L e + L8 + N e)" : "3 L F e");
+    if (cheap && b->fp8) ROW("recompute rounding", ROW_BYTES, L8 * q * (e + 1), "L8 Hq D (e + 1): attention's out");
     if (b->be->master) ROW("optimizer", ROW_BYTES, optimizer * (e + 8 + 3 * g + 4 * m), "(e + 8 + 3 g + 4 m) parameters / tokens per step: AdamW with its fp32 master, the norm, zeroed gradients");
     else ROW("optimizer", ROW_BYTES, optimizer * (2 * e + 3 * g + 4 * m), "(2 e + 3 g + 4 m) parameters / tokens per step: AdamW, the norm, zeroed gradients");
 #undef ROW

@@ -19,6 +19,7 @@ struct bench {
     struct model_config *config; int all_layers;   /* config->n_layers is bench.layers where that is set */
     struct backend *be;
     bool fp8;                                 /* the products of blocks are in fp8: their rate is measured too, and the limit is composed with it */
+    int fp8_blocks;                           /* of so many blocks; the others stay native */
     double free_before;                       /* bytes of the device, before the plan was committed */
     struct rates rates;
 };

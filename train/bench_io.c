@@ -397,7 +397,7 @@ static int bench_checkpoint(struct bench *b, const char *dir)
     TRY(safetensors_write_dir(path, list.spec, list.n, (size_t)1 << 30, fill, pool));
     TRY(dir_list(path, &names, &n_names));
     for (int i = 0; i < n_names; i++) if (strstr(names[i], ".safetensors") && !strstr(names[i], ".json")) files_add(&files, path_join(path, names[i]));
-    home.layout = weight_layout_new(params, b->be->act_dtype, false);
+    home.layout = weight_layout_new(params, b->be->act_dtype, 0, 0);
     memory_add(plan, "weights", "the model", &home.device, (size_t)home.layout.total);
     TRY(memory_commit(plan, 0));
     printf("checkpoint  %d of %d layers in bf16, %s in %d files; %d threads\n", config.n_layers, b->all_layers, bench_quantity((double)files.total, "B"), files.n, threads);

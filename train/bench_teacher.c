@@ -107,7 +107,8 @@ static int options(const struct bench *b, struct dump_options *o)
     int64_t V = b->config->vocab_size;
     *o = (struct dump_options){.nT = c->shards_temperatures.n, .Vv = V, .row_length = c->corpus_row_length, .batch_rows = c->dump_batch_rows, .chunk_tokens = c->dump_chunk_tokens,
                                .weights = !strcmp(c->teacher_weights, "resident") ? WEIGHTS_RESIDENT : !strcmp(c->teacher_weights, "streamed") ? WEIGHTS_STREAMED : WEIGHTS_AUTO,
-                               .memory_limit = (size_t)(c->memory_limit_gib * 0x1p30), .fp8 = !strcmp(c->teacher_precision, "fp8")};
+                               .memory_limit = (size_t)(c->memory_limit_gib * 0x1p30), .fp8 = !strcmp(c->teacher_precision, "fp8"),
+                               .native_first = (int)c->teacher_fp8_native_first, .native_last = (int)c->teacher_fp8_native_last};
     for (int kind = 0; kind < SHARD_KIND_COUNT; kind++) if (!strcmp(c->shards_kind, shard_kind_name((enum shard_kind)kind))) o->kind = (enum shard_kind)kind;
     if (o->nT > SHARD_MAX_TEMPERATURES) return fail(ERR_USAGE, "shards.temperatures lists %d values; 1 to %d are possible", o->nT, SHARD_MAX_TEMPERATURES);
     for (int i = 0; i < o->nT; i++) o->temperatures[i] = (float)c->shards_temperatures.item[i];
@@ -128,8 +129,9 @@ int bench_teacher(const struct config *c, const char *shape)
     int rc = OK;
     TRY(bench_open(b, "teacher", c, shape));
     TRY(options(b, &o));
-    if (o.fp8) TRY(model_check_fp8(b->be, b->config, "teacher.precision"));
+    if (o.fp8) TRY(model_check_fp8(b->be, b->config, o.native_first, o.native_last, "teacher.precision"));
     b->fp8 = o.fp8;
+    b->fp8_blocks = b->config->n_layers - o.native_first - o.native_last;
     struct pass pass = {.k = o.k, .full = o.kind == SHARD_FULL};
     TRY(bench_rates(b, bench_teacher_positions(b)));
     t.p = dump_pipeline_new(b->be, b->config, &o);
@@ -142,7 +144,9 @@ int bench_teacher(const struct config *c, const char *shape)
            (long long)batch, (long long)L, shard_kind_name(o.kind));
     if (o.k) printf(" %d", o.k);
     if (o.draws) printf(" + %d draws", o.draws);
-    printf(" at %d temperature%s\n", o.nT, o.nT > 1 ? "s" : "");
+    printf(" at %d temperature%s", o.nT, o.nT > 1 ? "s" : "");
+    if (o.fp8) printf(", %d of %d blocks in fp8", b->fp8_blocks, b->config->n_layers);
+    printf("\n");
     fflush(stdout);
 
     TRY(run(&t, WARM_PASSES * batch, WARM_PASSES * batch));

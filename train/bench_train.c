@@ -77,10 +77,12 @@ int bench_train(const struct config *c, const char *shape)
     TRY(bench_open(b, "train", c, shape));
     int64_t V = b->config->vocab_size, N = c->train_micro_rows * c->corpus_row_length, steps = 0;
     int k = c->shards_k < V ? (int)c->shards_k : (int)V;
-    struct model_options o = {.N = N, .max_doc = c->corpus_row_length, .head_rows = c->train_chunk_tokens < N ? c->train_chunk_tokens : N, .train = true, .recompute = (enum recompute)policy, .fp8 = !strcmp(c->train_matmul, "fp8")};
+    struct model_options o = {.N = N, .max_doc = c->corpus_row_length, .head_rows = c->train_chunk_tokens < N ? c->train_chunk_tokens : N, .train = true, .recompute = (enum recompute)policy, .fp8 = !strcmp(c->train_matmul, "fp8"),
+                              .native_first = (int)c->train_fp8_native_first, .native_last = (int)c->train_fp8_native_last};
     struct pass pass = {.train = true, .recompute = o.recompute, .step_tokens = t.accum * N, .k = k};
-    if (o.fp8) TRY(model_check_fp8(b->be, b->config, "train.matmul"));
+    if (o.fp8) TRY(model_check_fp8(b->be, b->config, o.native_first, o.native_last, "train.matmul"));
     b->fp8 = o.fp8;
+    b->fp8_blocks = b->config->n_layers - o.native_first - o.native_last;
     TRY(bench_rates(b, N));
     t.plan = memory_plan_new(b->be);
     t.model = model_new(b->be, b->config, &o, t.plan);
@@ -95,8 +97,10 @@ int bench_train(const struct config *c, const char *shape)
     optimizer_master_from_weights(t.optimizer);
     t.batch = xcalloc((size_t)t.accum, sizeof *t.batch);
     for (int i = 0; i < t.accum; i++) t.batch[i] = bench_batch(c->train_micro_rows, c->corpus_row_length, V, k, (uint64_t)i);
-    printf("steps   %.2fM parameters, %lld rows of %lld tokens a step in %d micro-batches, top %d targets, recompute %s%s\n", (double)t.model->params->parameters / 1e6,
-           (long long)(t.accum * c->train_micro_rows), (long long)c->corpus_row_length, t.accum, k, c->train_recompute, o.fp8 ? ", products in fp8" : "");
+    printf("steps   %.2fM parameters, %lld rows of %lld tokens a step in %d micro-batches, top %d targets, recompute %s", (double)t.model->params->parameters / 1e6,
+           (long long)(t.accum * c->train_micro_rows), (long long)c->corpus_row_length, t.accum, k, c->train_recompute);
+    if (o.fp8) printf(", the products of %d of %d blocks in fp8", b->fp8_blocks, b->config->n_layers);
+    printf("\n");
     fflush(stdout);
 
     for (int i = 0; i < WARM_STEPS; i++) TRY(step(&t));

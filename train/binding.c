@@ -77,6 +77,10 @@ static int check_keys(const struct shard_manifest *m, const struct config *c)
     else if (strcmp(c->teacher_precision, normal->teacher_precision) && m->precision == PRECISION_NATIVE)
         rc = fail(ERR_MISMATCH, "teacher.precision is %s, %s was dumped with a teacher at its %s precision: point shards.path at the dataset you mean", c->teacher_precision, c->shards_path,
                   teacher_precision_name(m->precision));
+    else if (m->precision == PRECISION_FP8 && ((c->teacher_fp8_native_first != normal->teacher_fp8_native_first && c->teacher_fp8_native_first != m->native_first) ||
+                                               (c->teacher_fp8_native_last != normal->teacher_fp8_native_last && c->teacher_fp8_native_last != m->native_last)))
+        rc = fail(ERR_MISMATCH, "teacher.fp8_native_first and fp8_native_last are %lld and %lld, the teacher of %s kept %d and %d blocks native: point shards.path at the dataset you mean",
+                  (long long)c->teacher_fp8_native_first, (long long)c->teacher_fp8_native_last, c->shards_path, m->native_first, m->native_last);
     else if (c->corpus_row_length != normal->corpus_row_length && c->corpus_row_length != m->row_length)
         rc = fail(ERR_MISMATCH, "corpus.row_length is %lld, the rows of %s are %lld tokens long: a run takes its rows from the shards; point shards.path at the dataset you mean",
                   (long long)c->corpus_row_length, c->shards_path, (long long)m->row_length);

@@ -143,8 +143,8 @@ static int open_case(struct check *c, const struct backend_options *options)
     c->plan = memory_plan_new(c->be);
     struct model_options o = {.N = c->batch->n, .max_doc = c->batch->length, .head_rows = c->batch->n, .fp8 = c->fp8};
     if (c->fp8) {
-        TRY(model_check_fp8(c->be, c->teacher_files->config, "--matmul"));
-        TRY(model_check_fp8(c->be, c->student_files->config, "--matmul"));
+        TRY(model_check_fp8(c->be, c->teacher_files->config, 0, 0, "--matmul"));
+        TRY(model_check_fp8(c->be, c->student_files->config, 0, 0, "--matmul"));
     }
     c->teacher = model_new(c->be, c->teacher_files->config, &o, c->plan);
     o.train = true;

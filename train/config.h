@@ -19,7 +19,7 @@ struct config {
     /* run */
     char *run_dir; char *run_device; int64_t run_threads, run_seed; bool run_resume;
     /* teacher */
-    char *teacher_path, *teacher_weights, *teacher_precision;
+    char *teacher_path, *teacher_weights, *teacher_precision; int64_t teacher_fp8_native_first, teacher_fp8_native_last;
     /* student */
     char *student_init, *student_path, *student_config; int64_t student_keep_every;
     /* tokenizer */
@@ -42,6 +42,7 @@ struct config {
     /* train */
     char *train_source, *train_recompute, *train_matmul, *train_recipe; int64_t train_steps, train_batch_rows, train_micro_rows, train_chunk_tokens;
     int64_t train_eval_every, train_checkpoint_every, train_keep_checkpoints, train_log_every, train_measure_every; double train_epochs; bool train_check_alignment, train_deterministic;
+    int64_t train_fp8_native_first, train_fp8_native_last;
     char *train_spike; double train_spike_threshold; int64_t train_spike_most;
     /* memory */
     double memory_limit_gib;

@@ -16,7 +16,7 @@ struct dump_options {
     int64_t batch_rows;                /* rows of one pass; 0: as many as fit the device, up to what hides the streaming of weights */
     int64_t chunk_tokens;              /* positions whose logits exist at one time */
     enum { WEIGHTS_AUTO, WEIGHTS_RESIDENT, WEIGHTS_STREAMED } weights;   /* auto: streamed where the device cannot hold them */
-    bool fp8;                          /* the products of the blocks in fp8 (model_options) */
+    bool fp8; int native_first, native_last;   /* the products of the blocks in fp8, but for those (model_options) */
     bool measure;                      /* with room to measure what that changes (dump_error.h) */
     size_t memory_limit;               /* bytes of device memory the plan may take; 0: what there is */
     bool quarantine;                   /* positions whose targets are not finite are set aside: zeros, not supervised. Else they are ERR_NUMERIC */

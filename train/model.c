@@ -13,7 +13,7 @@ static act *rows_at(const struct model *m, act *x, int64_t row, int64_t width) {
 static void *weight_byte(const struct model *m, int l, int64_t at)
 {
     bool on_host;
-    if (m->o.layer_slots && l >= 0) return (char *)m->slot[m->entered % m->o.layer_slots] + (at - m->home.layout.begin - l * m->home.layout.block);
+    if (m->o.layer_slots && l >= 0) return (char *)m->slot[m->entered % m->o.layer_slots] + (at - m->home.layout.block_at[l]);
     return weight_home_at(&m->home, at, &on_host);
 }
 
@@ -30,6 +30,8 @@ static const struct param *bias_of(const struct layer_params *p, enum product i)
     const struct param *const bias[PRODUCT_COUNT] = {p->bqkv, p->bo, p->b_gate_up, p->b_down};
     return bias[i];
 }
+
+static bool in_fp8(const struct model *m, int l) { return l >= m->fp8_begin && l < m->fp8_end; }
 
 static struct fp8 W8(const struct model *m, int l, enum product i)
 {
@@ -52,7 +54,10 @@ static void plan_fp8(struct planner *p, struct fp8 *slot, int64_t width)
     memory_add(p->plan, p->row, p->key, &slot->scale, (size_t)p->N * sizeof(float));
 }
 
-/* Layer l keeps its own copy of what the policy keeps; the rest is layer 0's, shared by all. */
+/* The first block whose products are of the same kind as those of block l */
+static int first_alike(const struct model *m, int l) { return in_fp8(m, l) ? m->fp8_begin : m->fp8_begin == 0 ? m->fp8_end : 0; }
+
+/* Layer l keeps its own copy of what the policy keeps. The rest is shared by all: what products read, which is of two kinds, belongs to the first layer of its kind, and everything else to layer 0. */
 static void plan_layer(struct model *m, struct planner *p, int l)
 {
     const struct model_config *c = m->c;
@@ -60,7 +65,8 @@ static void plan_layer(struct model *m, struct planner *p, int l)
     struct layer_acts *a = &m->acts[l], *first = &m->acts[0];
     enum recompute r = m->o.recompute;
     bool own_stream = l == 0 || m->o.train, own_attention = l == 0 || (m->o.train && r < RECOMPUTE_BLOCK);
-    bool own_ffn = l == 0 || (m->o.train && r < RECOMPUTE_FFN), own_cheap = l == 0 || (m->o.train && r < RECOMPUTE_SWIGLU_NORM);
+    bool own_ffn = l == 0 || (m->o.train && r < RECOMPUTE_FFN);
+    bool rounds = in_fp8(m, l), first_of_kind = l == first_alike(m, l), own_inputs = first_of_kind || (m->o.train && r < RECOMPUTE_SWIGLU_NORM);
     *a = *first;
     if (own_stream) plan_act(p, &a->res_attn, C);
     if (own_attention) {
@@ -74,14 +80,13 @@ static void plan_layer(struct model *m, struct planner *p, int l)
         plan_float(p, &a->rstd_attn, 1);
         plan_float(p, &a->rstd_mlp, 1);
     }
-    bool own_inputs = own_cheap && !m->o.fp8;               /* of the products; in fp8 they are written as the products read them, and dh alone needs the memory of h */
-    if (own_inputs || (l == 0 && !m->o.train)) plan_act(p, &a->norm_attn, C);
-    if (own_inputs && m->o.train) plan_act(p, &a->norm_mlp, C);
+    if (rounds ? l == 0 && !m->o.train : own_inputs) plan_act(p, &a->norm_attn, C);
+    if (!rounds && own_inputs && m->o.train) plan_act(p, &a->norm_mlp, C);
     struct planner ffn = *p;
     ffn.N = m->o.ffn_rows;
     if (own_ffn) plan_act(&ffn, &a->gate_up, 2 * F);
-    if (own_inputs || (l == 0 && m->o.train)) plan_act(&ffn, &a->h, F);
-    for (int i = 0; i < PRODUCT_COUNT && m->o.fp8 && own_cheap; i++)
+    if (rounds ? first_of_kind && m->o.train : own_inputs) plan_act(&ffn, &a->h, F);       /* in fp8 products read what is written as they read it: dh alone needs the memory of h */
+    for (int i = 0; i < PRODUCT_COUNT && rounds && own_inputs; i++)
         if (m->o.train || i != PRODUCT_GATE_UP) plan_fp8(i == PRODUCT_DOWN ? &ffn : p, &a->x8[i], matrix_of(&m->params->layer[l], i)->cols);
 }
 
@@ -90,7 +95,7 @@ static void plan_products_fp8(struct model *m, struct planner *p)
 {
     int64_t widest = 0;
     m->fp8 = xcalloc((size_t)m->c->n_layers, sizeof *m->fp8);
-    for (int l = 0; l < m->c->n_layers; l++)
+    for (int l = m->fp8_begin; l < m->fp8_end; l++)
         for (int i = 0; i < PRODUCT_COUNT; i++) {
             const struct param *w = matrix_of(&m->params->layer[l], i);
             struct planner rows = {p->plan, p->act, w->rows, "student weights in fp8", "the model, or train.matmul"}, cols = rows;
@@ -103,15 +108,16 @@ static void plan_products_fp8(struct model *m, struct planner *p)
     memory_add(p->plan, "batch and tables", p->key, &m->census, CENSUS_COUNT * sizeof *m->census);
 }
 
-/* Slots are addresses that memory_commit() fills, so layers that share layer 0's buffers copy the pointers afterwards. */
+/* Slots are addresses that memory_commit() fills, so layers that share another's buffers copy the pointers afterwards. */
 static void share_layers(struct model *m)
 {
     for (int l = 0; l < m->c->n_layers; l++) {
-        struct layer_acts *a = &m->acts[l], *first = &m->acts[0];
-#define SHARE(field) if (!a->field) a->field = first->field
-        SHARE(res_attn); SHARE(norm_attn); SHARE(qkv_raw); SHARE(q); SHARE(k); SHARE(v); SHARE(att); SHARE(res_mlp); SHARE(norm_mlp);
-        SHARE(gate_up); SHARE(h); SHARE(rstd_attn); SHARE(rstd_mlp); SHARE(rstd_qk); SHARE(lse);
-        for (int i = 0; i < PRODUCT_COUNT; i++) { SHARE(x8[i].q); SHARE(x8[i].scale); }
+        struct layer_acts *a = &m->acts[l], *first = &m->acts[0], *alike = &m->acts[first_alike(m, l)];
+#define SHARE(field, from) if (!a->field) a->field = from->field
+        SHARE(res_attn, first); SHARE(qkv_raw, first); SHARE(q, first); SHARE(k, first); SHARE(v, first); SHARE(att, first); SHARE(res_mlp, first);
+        SHARE(gate_up, first); SHARE(rstd_attn, first); SHARE(rstd_mlp, first); SHARE(rstd_qk, first); SHARE(lse, first);
+        SHARE(norm_attn, alike); SHARE(norm_mlp, alike); SHARE(h, alike);
+        for (int i = 0; i < PRODUCT_COUNT; i++) { SHARE(x8[i].q, alike); SHARE(x8[i].scale, alike); }
 #undef SHARE
         if (!m->o.train) {                                  /* one residual buffer, added to in place, and one for what the norms write */
             a->res_mlp = a->res_attn;
@@ -140,8 +146,13 @@ struct model *model_new(struct backend *be, const struct model_config *c, const 
     int64_t C = c->hidden_size, q = c->n_heads * c->head_dim, kv = c->n_kv_heads * c->head_dim;
     const char *batch_key = o->train ? "train.micro_rows or corpus.row_length" : "the rows per pass or the row length";
 
-    m->home.layout = weight_layout_new(m->params, be->act_dtype, o->fp8 && !o->train);
-    int64_t blocks = m->home.layout.end - m->home.layout.begin;
+    if (o->fp8) {
+        m->fp8_begin = o->native_first;
+        m->fp8_end = c->n_layers - o->native_last;
+        CHECK(m->fp8_begin >= 0 && m->fp8_begin < m->fp8_end && m->fp8_end <= c->n_layers, "blocks [%d, %d) of %d in fp8", m->fp8_begin, m->fp8_end, c->n_layers);
+    }
+    m->home.layout = weight_layout_new(m->params, be->act_dtype, o->train ? 0 : m->fp8_begin, o->train ? 0 : m->fp8_end);
+    int64_t blocks = m->home.layout.block_at[c->n_layers] - m->home.layout.block_at[0];
     if (o->layer_slots) {
         CHECK(o->layer_slots >= 2 && o->layer_slots <= STREAM_SLOTS, "%d places for streamed blocks", o->layer_slots);
         memory_add_host(plan, "blocks in host memory", "the model", &m->home.host, (size_t)blocks);
@@ -251,7 +262,7 @@ int model_load_weights(struct model *m, const struct tensor_set *set, const char
     return rc;
 }
 
-int model_check_fp8(const struct backend *be, const struct model_config *c, const char *key)
+int model_check_fp8(const struct backend *be, const struct model_config *c, int native_first, int native_last, const char *key)
 {
     int64_t heads = c->n_heads * c->head_dim, widths[] = {c->hidden_size, c->intermediate_size, heads, heads + 2 * c->n_kv_heads * c->head_dim, 2 * c->intermediate_size};
     if (!be->fp8) return fail(ERR_USAGE, "%s is fp8, and device %s has no products in fp8 in this build; set it to native", key, be->name);
@@ -259,13 +270,16 @@ int model_check_fp8(const struct backend *be, const struct model_config *c, cons
         if (widths[i] % be->fp8_multiple) return fail(ERR_USAGE, "%s is fp8, and device %s multiplies in fp8 only widths that are multiples of %d: the model has one of %lld; set it to native", key, be->name, be->fp8_multiple, (long long)widths[i]);
         if (be->fp8_widest && widths[i] > be->fp8_widest) return fail(ERR_USAGE, "%s is fp8, and device %s rounds rows of at most %lld numbers: the model has one of %lld; set it to native", key, be->name, (long long)be->fp8_widest, (long long)widths[i]);
     }
+    if (native_first + native_last >= c->n_layers)
+        return fail(ERR_USAGE, "%s is fp8, and %d blocks at the front and %d at the end stay native: of the model's %d none is left; lower fp8_native_first or fp8_native_last", key, native_first, native_last,
+                    c->n_layers);
     return OK;
 }
 
 void model_weights_changed(struct model *m)
 {
     if (!m->o.fp8 || !m->o.train) return;
-    for (int l = 0; l < m->c->n_layers; l++)
+    for (int l = m->fp8_begin; l < m->fp8_end; l++)
         for (int i = 0; i < PRODUCT_COUNT; i++) {
             const struct param *w = matrix_of(&m->params->layer[l], i);
             m->be->ops->quantize_weight(m->be, &m->fp8[l].w[i], &m->fp8[l].t[i], W(m, w), w->rows, w->cols);
@@ -309,14 +323,14 @@ static void gradient_rounded(struct model *m, int l, enum product i)
 
 static void round_input(struct model *m, int l, enum product i, const act *x)
 {
-    if (!m->o.fp8) return;
+    if (!in_fp8(m, l)) return;
     m->be->ops->quantize(m->be, &m->acts[l].x8[i], x, m->n, matrix_of(&m->params->layer[l], i)->cols);
     input_rounded(m, l, i, m->n);
 }
 
 static void round_gradient(struct model *m, int l, enum product i, const act *dy)
 {
-    if (!m->o.fp8) return;
+    if (!in_fp8(m, l)) return;
     m->be->ops->quantize(m->be, &m->dy8, dy, m->n, matrix_of(&m->params->layer[l], i)->rows);
     gradient_rounded(m, l, i);
 }
@@ -330,7 +344,7 @@ static void norm_forward(struct model *m, int l, enum product i, act *sum, const
     bool attn = i == PRODUCT_QKV;
     const act *w = W(m, attn ? p->attn_norm : p->mlp_norm);
     float *rstd = attn ? a->rstd_attn : a->rstd_mlp, eps = m->c->rms_norm_eps;
-    if (m->o.fp8) {
+    if (in_fp8(m, l)) {
         op->rmsnorm_forward_fp8(m->be, &a->x8[i], rstd, sum, x, r, w, m->n, m->c->hidden_size, eps);
         input_rounded(m, l, i, m->n);
     } else op->rmsnorm_forward(m->be, attn ? a->norm_attn : a->norm_mlp, rstd, sum, x, r, w, m->n, m->c->hidden_size, eps);
@@ -340,7 +354,7 @@ static void norm_forward(struct model *m, int l, enum product i, act *sum, const
 static void swiglu_forward(struct model *m, int l, int64_t N)
 {
     const struct layer_acts *a = &m->acts[l];
-    if (m->o.fp8) {
+    if (in_fp8(m, l)) {
         m->be->ops->swiglu_forward_fp8(m->be, &a->x8[PRODUCT_DOWN], a->gate_up, N, m->c->intermediate_size);
         input_rounded(m, l, PRODUCT_DOWN, N);
     } else m->be->ops->swiglu_forward(m->be, a->h, a->gate_up, N, m->c->intermediate_size);
@@ -350,7 +364,7 @@ static void swiglu_forward(struct model *m, int l, int64_t N)
 static void swiglu_backward(struct model *m, int l)
 {
     const struct layer_acts *a = &m->acts[l];
-    if (m->o.fp8) {
+    if (in_fp8(m, l)) {
         m->be->ops->swiglu_backward_fp8(m->be, &m->dy8, a->h, a->gate_up, m->n, m->c->intermediate_size);
         gradient_rounded(m, l, PRODUCT_GATE_UP);
     } else m->be->ops->swiglu_backward(m->be, a->gate_up, a->h, a->gate_up, m->n, m->c->intermediate_size);
@@ -362,7 +376,7 @@ static void product_forward(struct model *m, int l, enum product i, act *y, act 
     const struct ops *op = m->be->ops;
     const struct param *w = matrix_of(&m->params->layer[l], i), *bias = bias_of(&m->params->layer[l], i);
     int64_t C = w->cols, O = w->rows;
-    if (m->o.fp8) {
+    if (in_fp8(m, l)) {
         struct fp8 w8 = W8(m, l, i), x8 = {m->acts[l].x8[i].q + first * C, m->acts[l].x8[i].scale + first};
         op->linear_forward_fp8(m->be, y, &x8, &w8, W(m, bias), N, C, O);
     } else op->linear_forward(m->be, y, rows_at(m, x, first, C), W(m, w), W(m, bias), N, C, O);
@@ -374,7 +388,7 @@ static void product_backward(struct model *m, int l, enum product i, act *dx, co
     const struct ops *op = m->be->ops;
     const struct param *w = matrix_of(&m->params->layer[l], i), *bias = bias_of(&m->params->layer[l], i);
     int64_t N = m->n, C = w->cols, O = w->rows;
-    if (m->o.fp8) {
+    if (in_fp8(m, l)) {
         op->linear_backward_weight_fp8(m->be, G(m, w), G(m, bias), &m->dy8, &m->acts[l].x8[i], N, C, O);
         op->linear_forward_fp8(m->be, dx, &m->dy8, &m->fp8[l].t[i], NULL, N, O, C);
     } else {
@@ -436,9 +450,9 @@ static void block_forward(struct model *m, int l, const act *x, const act *r)
 /* Streamed blocks: block n is layer n mod L. Asked for as far ahead as there are places, around the end of the pass into the next. */
 static void block_ask(struct model *m)
 {
-    int L = m->c->n_layers, slot = (int)(m->streamed % m->o.layer_slots);
-    size_t bytes = (size_t)m->home.layout.block;
-    m->be->ops->stream_in(m->be, slot, m->slot[slot], (const char *)m->home.host + (size_t)(m->streamed % L) * bytes, bytes);
+    int slot = (int)(m->streamed % m->o.layer_slots);
+    const int64_t *at = m->home.layout.block_at, l = m->streamed % m->c->n_layers;
+    m->be->ops->stream_in(m->be, slot, m->slot[slot], (const char *)m->home.host + (at[l] - at[0]), (size_t)(at[l + 1] - at[l]));
     m->streamed++;
 }
 

@@ -31,7 +31,7 @@ struct layer_acts {
     float *rstd_attn, *rstd_mlp;   /* (N) */
     float *rstd_qk;           /* (N, Hq+Hkv) */
     float *lse;               /* N * Hq */
-    struct fp8 x8[PRODUCT_COUNT];  /* norm_attn, att, norm_mlp, h as the products read them; only with o.fp8, which keeps of these but att: when training h, for dh; else norm_attn, for hidden */
+    struct fp8 x8[PRODUCT_COUNT];  /* norm_attn, att, norm_mlp, h as the products read them; only of blocks in fp8, which keep of these but att: when training h, for dh; else norm_attn, for hidden */
 };
 
 /* A training model's matrices as the products read them, made from its weights after every step: w (O,C), t (C,O). */
@@ -49,6 +49,7 @@ struct model_options {
     bool cache;               /* generation: a KV cache of max_doc positions instead of packed attention */
     int64_t ffn_rows;         /* inference: positions that pass through the MLP at a time, its buffers being the widest; 0: all N. In fp8 on CUDA a multiple of 4, or all N */
     bool fp8;                 /* the products of the blocks in fp8; embedding, head and attention stay as they are. Only where model_check_fp8() is OK */
+    int native_first, native_last;   /* but not of so many blocks at the two ends */
     int layer_slots;          /* inference: 0: blocks are resident; 2 .. STREAM_SLOTS: they are streamed from host memory through so many places */
     bool mapped;              /* inference: every pass reads each block from the checkpoint's files when its turn comes, into room for one */
 };
@@ -61,6 +62,7 @@ struct model {
     act *weights; grad *grads;            /* weights: home.device; of a model that trains, the table itself */
     struct weight_home home;
     struct weight_files *files; int read_status;    /* o.mapped: where blocks are read from, and the first failure of that: passes are worth nothing then */
+    int fp8_begin, fp8_end;                         /* blocks whose products are in fp8 */
     struct layer_fp8 *fp8; struct fp8 dy8;          /* [L]; the gradient of the next product's output */
     struct fp8_census *census; bool count;          /* device, [CENSUS_COUNT]; count: what passes through products is counted there */
     void *slot[STREAM_SLOTS]; int64_t streamed, entered;   /* streamed: blocks asked for and blocks begun since the start; block n is layer n mod L in slot n mod layer_slots */
@@ -81,8 +83,8 @@ struct model *model_new(struct backend *be, const struct model_config *c, const 
 void model_ready(struct model *m);        /* after the commit: fills the rotary table */
 void model_random_weights(struct model *m, uint64_t seed);      /* N(0, initializer_range) and so on: params_init */
 int  model_load_weights(struct model *m, const struct tensor_set *set, const char *where, const int *layer_of);   /* params_match's refusals. o.mapped: `set` stays open as long as m */
-/* ERR_USAGE: this device, or these widths on it, have no products in fp8; `key` asked for them. */
-int  model_check_fp8(const struct backend *be, const struct model_config *c, const char *key);
+/* ERR_USAGE: this device, or these widths on it, have no products in fp8, or no block is left for it; `key` asked for them. */
+int  model_check_fp8(const struct backend *be, const struct model_config *c, int native_first, int native_last, const char *key);
 /* To be called when a training model's weights were set or moved: rounds them to fp8. Does nothing without o.fp8. */
 void model_weights_changed(struct model *m);
 /* What rounding does in a measured step: model_count_fp8() before it, model_read_census() after it (waits for the device). Zeros without o.fp8. */

@@ -39,6 +39,8 @@ const struct option options[] = {
            "streamed: blocks wait in host memory and come onto the device one after another while it computes; auto: streamed where the device cannot hold them all"),
     CHOICE("teacher.precision", teacher_precision, "native", "native|fp8", D | B,
            "fp8: the matrices of the blocks, and what they multiply, are rounded to e4m3 with a scale per row; native: the device's type (cpu fp32, cuda bf16)"),
+    WHOLE ("teacher.fp8_native_first", teacher_fp8_native_first, "1", 0, 4096, D | B, "teacher.precision fp8: so many blocks at the front stay native; the first costs more than all others together"),
+    WHOLE ("teacher.fp8_native_last", teacher_fp8_native_last, "0", 0, 4096, D | B, "teacher.precision fp8: so many blocks at the end stay native"),
 
     CHOICE("student.init", student_init, "hf", "hf|checkpoint|scratch|teacher", D | T,
            "first weights: a Hugging Face directory, a checkpoint, random by student.config, or layers of the teacher"),
@@ -112,6 +114,8 @@ const struct option options[] = {
     CHOICE("train.recompute", train_recompute, "none", "none|swiglu_norm|ffn|block", T | B, "activations computed again in backward to save memory; the result is the same to the bit"),
     CHOICE("train.matmul", train_matmul, "native", "native|fp8", T | B,
            "fp8: the products of the blocks, forward and backward, of factors rounded to e4m3 with a scale per row; weights and moments stay what they are"),
+    WHOLE ("train.fp8_native_first", train_fp8_native_first, "1", 0, 4096, T | B, "train.matmul fp8: so many blocks at the front stay native"),
+    WHOLE ("train.fp8_native_last", train_fp8_native_last, "0", 0, 4096, T | B, "train.matmul fp8: so many blocks at the end stay native"),
     CHOICE("train.recipe", train_recipe, "compact", "compact|exact", T | B,
            "cuda, bytes per parameter: compact (8) keeps weights, gradients and moments in bf16 and rounds each update stochastically; exact (18) keeps gradients, moments and a master copy of the weights in fp32, the weights being the master rounded to bf16. cpu: everything is fp32, no effect"),
     WHOLE ("train.eval_every", train_eval_every, "0", 0, MANY, T, "steps between evaluations on held-out rows; 0: none"),

@@ -88,10 +88,11 @@ static int plan_memory(struct dump *d)
     TRY(backend_open(&d->be, &device));
     struct dump_options o = {.kind = d->kind, .k = d->k, .draws = d->draws, .seed = (uint64_t)c->run_seed, .nT = d->nT, .Vv = d->Vv, .row_length = c->corpus_row_length, .batch_rows = c->dump_batch_rows, .chunk_tokens = c->dump_chunk_tokens,
                              .weights = !strcmp(c->teacher_weights, "resident") ? WEIGHTS_RESIDENT : !strcmp(c->teacher_weights, "streamed") ? WEIGHTS_STREAMED : WEIGHTS_AUTO,
-                             .memory_limit = (size_t)(c->memory_limit_gib * 0x1p30), .fp8 = !strcmp(c->teacher_precision, "fp8"), .quarantine = d->flags.quarantine};
+                             .memory_limit = (size_t)(c->memory_limit_gib * 0x1p30), .fp8 = !strcmp(c->teacher_precision, "fp8"), .quarantine = d->flags.quarantine,
+                             .native_first = (int)c->teacher_fp8_native_first, .native_last = (int)c->teacher_fp8_native_last};
     o.measure = o.fp8;
     memcpy(o.temperatures, d->temperatures, sizeof o.temperatures);
-    if (o.fp8) TRY(model_check_fp8(d->be, d->files->config, "teacher.precision"));
+    if (o.fp8) TRY(model_check_fp8(d->be, d->files->config, o.native_first, o.native_last, "teacher.precision"));
     d->pipeline = dump_pipeline_new(d->be, d->files->config, &o);
 out:
     return rc;
@@ -103,7 +104,11 @@ static int make_manifest(const struct dump *d, const struct corpus_rows *rows, s
     *m = (struct shard_manifest){.kind = d->kind, .rows = rows->rows, .row_length = rows->length, .rows_per_shard = c->shards_rows_per_shard < rows->rows ? c->shards_rows_per_shard : rows->rows, .k = d->k, .draws = d->draws, .n_temperatures = d->nT,
                                  .valid_vocab = (int32_t)d->Vv, .teacher_vocab = (int32_t)d->files->config->vocab_size, .seed = (uint64_t)c->run_seed, .text_bytes = rows->bytes};
     memcpy(m->temperatures, d->temperatures, sizeof m->temperatures);
-    m->precision = d->pipeline->o.fp8 ? PRECISION_FP8 : PRECISION_NATIVE;
+    if (d->pipeline->o.fp8) {
+        m->precision = PRECISION_FP8;
+        m->native_first = d->pipeline->o.native_first;
+        m->native_last = d->pipeline->o.native_last;
+    }
     m->error = d->error;
     model_config_hash(d->files->config, m->teacher_config_hash);
     strcpy(m->teacher_weights_hash, d->weights_hash);
@@ -132,7 +137,8 @@ static bool error_found(struct dump *d)
     for (int i = 0; i < 2 && !found; i++) {
         struct shard_manifest m;
         char *manifest = path_join(paths[i], "manifest.json");
-        found = path_exists(manifest) && shard_manifest_read(paths[i], &m) == OK && m.precision == PRECISION_FP8 && m.seed == (uint64_t)d->c->run_seed && !strcmp(m.teacher_config_hash, hash) &&
+        found = path_exists(manifest) && shard_manifest_read(paths[i], &m) == OK && m.precision == PRECISION_FP8 && m.native_first == d->pipeline->o.native_first && m.native_last == d->pipeline->o.native_last &&
+                m.seed == (uint64_t)d->c->run_seed && !strcmp(m.teacher_config_hash, hash) &&
                 !strcmp(m.teacher_weights_hash, d->weights_hash);
         if (found) d->error = m.error;
         free(manifest);

@@ -84,7 +84,8 @@ static int open_shards(struct trainer *t)
     if (c->train_eval_every && path_exists(manifest)) {
         TRY(shard_dataset_open(&t->heldout_dataset, heldout));
         const struct shard_manifest *h = shard_dataset_manifest(t->heldout_dataset);
-        if (h->kind != m->kind || h->k != m->k || h->draws != m->draws || h->valid_vocab != m->valid_vocab || h->row_length != m->row_length || h->precision != m->precision || strcmp(h->teacher_weights_hash, m->teacher_weights_hash)) {
+        if (h->kind != m->kind || h->k != m->k || h->draws != m->draws || h->valid_vocab != m->valid_vocab || h->row_length != m->row_length || h->precision != m->precision ||
+            h->native_first != m->native_first || h->native_last != m->native_last || strcmp(h->teacher_weights_hash, m->teacher_weights_hash)) {
             rc = fail(ERR_MISMATCH, "%s and %s were not dumped with one teacher and one configuration; dump both again or set train.eval_every to 0", c->shards_path, heldout);
             goto out;
         }
@@ -135,8 +136,9 @@ static int plan_memory(struct trainer *t)
     TRY(backend_open(&t->be, &device));
     int64_t N = c->train_micro_rows * t->row_length;
     struct model_options o = {.N = N, .max_doc = t->row_length, .head_rows = c->train_chunk_tokens < N ? c->train_chunk_tokens : N, .train = true,
-                              .recompute = choice(c->train_recompute, recompute), .fp8 = !strcmp(c->train_matmul, "fp8")};
-    if (o.fp8) TRY(model_check_fp8(t->be, t->student->config, "train.matmul"));
+                              .recompute = choice(c->train_recompute, recompute), .fp8 = !strcmp(c->train_matmul, "fp8"),
+                              .native_first = (int)c->train_fp8_native_first, .native_last = (int)c->train_fp8_native_last};
+    if (o.fp8) TRY(model_check_fp8(t->be, t->student->config, o.native_first, o.native_last, "train.matmul"));
     struct adamw_args adamw = {.beta1 = c->optimizer_beta1, .beta2 = c->optimizer_beta2, .eps = c->optimizer_eps, .weight_decay = c->optimizer_weight_decay, .clip = c->optimizer_clip,
                                .seed = (uint64_t)c->run_seed};
     t->plan = memory_plan_new(t->be);
@@ -155,6 +157,8 @@ static void print_plan(const struct trainer *t, int64_t rows)
     printf("plan      %lld steps of %lld rows x %lld tokens (%d micro-batches), %.2f epochs of %lld rows, %.1fM tokens\n", (long long)t->steps, (long long)c->train_batch_rows,
            (long long)t->row_length, t->accum, (double)(t->steps * c->train_batch_rows) / (double)rows, (long long)rows, tokens / 1e6);
     printf("          %.3g FLOP per token, %.3g in all: %.1f hours at 100 GFLOP/s, %.2f at 100 TFLOP/s\n", flops, flops * tokens, flops * tokens / 1e11 / 3600, flops * tokens / 1e14 / 3600);
+    const struct model *m = t->model;
+    if (m->o.fp8) printf("matmul    fp8 in %d of %d blocks; %d at the front and %d at the end stay native\n", m->fp8_end - m->fp8_begin, m->c->n_layers, m->o.native_first, m->o.native_last);
     char *divergence = targets_describe(&t->loss);
     if (t->target_kind != TARGET_NONE) {
         printf("objective %g x %s at T = %g, tail %s of %s targets; %g x cross entropy\n", c->objective_kd_weight, divergence, c->objective_temperature, tail_name(t->loss.tail),

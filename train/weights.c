@@ -18,23 +18,24 @@ enum { PIECE = 8 << 20, MOST_THREADS = 16, ALIGNMENT = 256 };
 
 static int64_t aligned(int64_t bytes) { return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
 
-struct weight_layout weight_layout_new(const struct params *t, enum dtype act_dtype, bool fp8)
+struct weight_layout weight_layout_new(const struct params *t, enum dtype act_dtype, int fp8_begin, int fp8_end)
 {
+    bool fp8 = fp8_begin < fp8_end;
     int64_t width = (int64_t)dtype_width(act_dtype);
-    struct weight_layout w = {.at = xmalloc((size_t)t->n * sizeof *w.at), .scale_at = xmalloc((size_t)t->n * sizeof *w.scale_at)};
-    for (int i = 0; i < t->n; i++) {
+    struct weight_layout w = {.at = xmalloc((size_t)t->n * sizeof *w.at), .scale_at = xmalloc((size_t)t->n * sizeof *w.scale_at), .n_layers = t->n_layers,
+                              .block_at = xmalloc((size_t)(t->n_layers + 1) * sizeof *w.block_at)};
+    for (int i = 0, begun = 0; i < t->n; i++) {
         const struct param *p = &t->p[i];
-        bool rounded = fp8 && p->layer >= 0 && p->n_dims == 2;
+        bool rounded = p->n_dims == 2 && p->layer >= fp8_begin && p->layer < fp8_end;
         if (!fp8) w.total = p->offset * width;
-        if (p->layer == 0 && !w.begin) w.begin = w.total;
-        if (p == t->norm) w.end = w.total;   /* blocks are alike, so that each takes the same */
+        if (p->layer == begun || p == t->norm) w.block_at[begun++] = w.total;
         w.at[i] = w.total;
         w.total += aligned(rounded ? p->count : p->count * width);
         w.scale_at[i] = rounded ? w.total : -1;
         if (rounded) w.total += aligned(p->rows * (int64_t)sizeof(float));
     }
     if (!fp8) w.total = t->total * width;
-    w.block = (w.end - w.begin) / t->n_layers;
+    for (int l = 0; l < t->n_layers; l++) if (w.block_at[l + 1] - w.block_at[l] > w.block) w.block = w.block_at[l + 1] - w.block_at[l];
     return w;
 }
 
@@ -42,16 +43,22 @@ void weight_layout_free(struct weight_layout *layout)
 {
     free(layout->at);
     free(layout->scale_at);
+    free(layout->block_at);
 }
 
 void *weight_home_at(const struct weight_home *home, int64_t at, bool *on_host)
 {
     const struct weight_layout *w = &home->layout;
-    bool in_block = at >= w->begin && at < w->end, elsewhere = home->host || home->block;
+    int64_t begin = w->block_at[0], end = w->block_at[w->n_layers];
+    bool in_block = at >= begin && at < end, elsewhere = home->host || home->block;
     *on_host = home->host && in_block;
-    if (*on_host) return (char *)home->host + (at - w->begin);
-    if (home->block && in_block) return (char *)home->block + (at - w->begin) % w->block;
-    return (char *)home->device + (elsewhere && at >= w->end ? at - (w->end - w->begin) : at);
+    if (*on_host) return (char *)home->host + (at - begin);
+    if (home->block && in_block) {
+        int l = 0;
+        while (at >= w->block_at[l + 1]) l++;
+        return (char *)home->block + (at - w->block_at[l]);
+    }
+    return (char *)home->device + (elsewhere && at >= end ? at - (end - begin) : at);
 }
 
 /* ---- loading ---- */

@@ -3,7 +3,7 @@
  * A model is resident (everything on the device) or streamed: an inference model whose blocks wait in host memory and come onto the device one after
  * another while the one before computes (model.c), with embedding, final norm and head resident. Or mapped: its blocks stay in the checkpoint's files, and each is
  * read anew whenever it is needed: for one pass of a model that neither memory holds.
- * Its parameters are stored in the activations' type, or, of an inference model in fp8, the matrices of the blocks as a byte per element and a scale per row (base/fp8.h). */
+ * Its parameters are stored in the activations' type, or, of an inference model in fp8, the matrices of its blocks in fp8 as a byte per element and a scale per row (base/fp8.h). */
 #ifndef TRAIN_WEIGHTS_H
 #define TRAIN_WEIGHTS_H
 
@@ -12,17 +12,18 @@
 struct weight_layout {
     int64_t *at;              /* [n] first byte of parameter i of the table */
     int64_t *scale_at;        /* [n] a matrix in fp8: first byte of its row scales; else -1 */
-    int64_t begin, end;       /* bytes of all blocks */
-    int64_t block;            /* of one */
+    int n_layers;
+    int64_t *block_at;        /* [L + 1] first byte of block l; the last: behind all */
+    int64_t block;            /* bytes of the largest */
     int64_t total;            /* bytes of everything */
 };
-/* Without fp8 parameter i lies at its offset in the table. */
-struct weight_layout weight_layout_new(const struct params *t, enum dtype act_dtype, bool fp8);
+/* The matrices of blocks [fp8_begin, fp8_end) in fp8. Where there are none parameter i lies at its offset in the table. */
+struct weight_layout weight_layout_new(const struct params *t, enum dtype act_dtype, int fp8_begin, int fp8_end);
 void weight_layout_free(struct weight_layout *layout);
 
 struct weight_home {
     struct weight_layout layout;
-    void *device;             /* the layout; without the bytes [begin, end) of the blocks when they are elsewhere: */
+    void *device;             /* the layout; without the bytes of the blocks when they are elsewhere: */
     void *host;               /* streamed: here, from alloc_host; else NULL */
     void *block;              /* mapped: the one that was read last, on the device; else NULL */
 };

@@ -17,6 +17,17 @@ for name in "" -heldout; do
 done
 awk -v kl="$(number logits/manifest.json kl)" 'BEGIN { exit !(kl > 1e-6 && kl < 0.02) }' || fail "KL of fp8 is $(number logits/manifest.json kl)"
 
+# the first block stays native, which the dataset says; without that the error is larger
+grep -A2 '"native_blocks"' logits/manifest.json | tr -d '\n ' | grep -q '"native_blocks":\[1,0' || fail "the manifest does not say which blocks were rounded: $(cat logits/manifest.json)"
+dump --set shards.path=whole --set teacher.fp8_native_first=0 >whole.log || fail "all blocks in fp8: $(tail -1 whole.log)"
+grep -q native_blocks whole/manifest.json && fail "a dump with every block in fp8 speaks of native ones"
+awk -v all="$(number whole/manifest.json kl)" -v kl="$(number logits/manifest.json kl)" 'BEGIN { exit !(kl < all) }' || fail "KL $(number logits/manifest.json kl) with a native block, $(number whole/manifest.json kl) without"
+expect_exit 6 'native_blocks \[1,0\], this run has \[0,1\]' dump --set teacher.fp8_native_first=0 --set teacher.fp8_native_last=1
+expect_exit 6 'native_blocks \[0,0\], this run has \[1,0\]' dump --set shards.path=whole
+expect_exit 2 'of the model.s [0-9]+ none is left; lower fp8_native_first' dump --set shards.path=none --set teacher.fp8_native_first=1 --set teacher.fp8_native_last=40
+expect_exit 6 'not dumped with one teacher and one configuration' "$distill" train config.yaml --set run.dir=run --set shards.heldout_path=whole-heldout
+expect_exit 6 'the teacher of whole kept 0 and 0 blocks native' "$distill" train config.yaml --set run.dir=run --set shards.path=whole --set teacher.fp8_native_first=2
+
 # however the pass is cut
 i=0
 for way in 'dump.batch_rows=1 dump.chunk_tokens=1000 run.threads=1' 'dump.batch_rows=5 dump.chunk_tokens=7 teacher.weights=streamed' ; do
@@ -67,7 +78,7 @@ expect_exit 6 'teacher.precision is fp8, native was dumped with a teacher at its
 
 # inspect
 "$distill" inspect logits >out.txt
-for pattern in 'precision +fp8_e4m3' 'KL\(native \|\| it\) +[0-9.e-]+ nats per token' 'same first choice +[0-9.]+ %' 'measured on +[0-9]+ positions of 3 rows'; do
+for pattern in 'precision +fp8_e4m3' 'KL\(native \|\| it\) +[0-9.e-]+ nats per token' 'but not +1 blocks at the front, 0 at the end' 'same first choice +[0-9.]+ %' 'measured on +[0-9]+ positions of 3 rows'; do
     grep -qE "$pattern" out.txt || fail "inspect does not say '$pattern': $(head -25 out.txt)"
 done
 "$distill" inspect logits --json >out.txt && [ "$(number out.txt precision_kl)" = "$(number logits/manifest.json kl)" ] || fail "inspect --json: KL $(number out.txt precision_kl)"

@@ -245,6 +245,8 @@ Test(shard, rounded_teacher)
     REFUSED(other.error.kl = -1e-9, "cannot be");
     REFUSED(other.error.kl_row_max = INFINITY, "cannot be");
     REFUSED(other.error.agreement = 1.5, "cannot be");
+    REFUSED(other.native_first = -1, "native_blocks");
+    REFUSED(other.native_last = 5000, "native_blocks");
     static const struct forgery cases[] = {
         {"\"fp8_e4m3\"", "\"native\"", "teacher_precision is not"}, {"\"fp8_e4m3\"", "\"fp4\"", "newer distill"}, {"\"fp8_e4m3\"", "8", "teacher_precision is not"},
         {"\"teacher_precision\": \"fp8_e4m3\",", "", "teacher_precision is not"}, {"\"precision_error\"", "\"precision_errors\"", "not known"},

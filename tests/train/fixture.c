@@ -40,7 +40,8 @@ void fixture_open(struct fixture *f, const struct fixture_options *o)
     f->be->master |= o->master;
     f->plan = memory_plan_new(f->be);
     int64_t N = o->rows * o->length;
-    struct model_options m = {.N = N, .max_doc = o->length, .head_rows = o->head_rows ? o->head_rows : N, .train = true, .recompute = o->recompute, .fp8 = o->fp8};
+    struct model_options m = {.N = N, .max_doc = o->length, .head_rows = o->head_rows ? o->head_rows : N, .train = true, .recompute = o->recompute, .fp8 = o->fp8,
+                              .native_first = o->native_first, .native_last = o->native_last};
     struct adamw_args adamw = {.beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8, .weight_decay = 0.1, .clip = 1};
     f->model = model_new(f->be, f->config, &m, f->plan);
     f->objective = objective_new(f->model, &o->loss, FIXTURE_VOCAB - 2, o->kind, o->k, f->plan);

@@ -24,7 +24,7 @@ struct fixture_options {
     enum target_kind kind; int k;
     struct distill_args loss;
     uint64_t seed;
-    bool fp8;
+    bool fp8; int native_first, native_last;
     bool exact_rows;                 /* as a teacher in a dump computes: the same bits in any batch */
     const char *device, *precision, *recipe;   /* as in backend_options, with deterministic; device NULL: cpu */
     bool deterministic;

@@ -43,7 +43,7 @@ static float *loaded(const char *path, struct params **t, bool threads)
     cr_assert_eq(model_files_open(&f, path), OK, "%s", fail_message());
     *t = params_new(f->config);
     float *w = new_poisoned((*t)->total);
-    struct weight_home home = {.layout = weight_layout_new(*t, DTYPE_F32, false), .device = w};
+    struct weight_home home = {.layout = weight_layout_new(*t, DTYPE_F32, 0, 0), .device = w};
     int rc = threads ? weights_load(*t, be, &home, f->tensors, path, NULL) : params_load(*t, be, (act *)w, f->tensors, path, NULL);
     cr_assert_eq(rc, OK, "%s", fail_message());
     weight_layout_free(&home.layout);

@@ -324,7 +324,7 @@ Test(params_load, every_tensor_lands_in_its_place_from_three_types)
             /* by several threads: written where it stays, and through buffers as for a device with a memory of its own */
             for (int apart = 0; apart < 2; apart++) {
                 struct backend device = *be;
-                struct weight_home home = {.layout = weight_layout_new(t, be->act_dtype, false), .device = w};
+                struct weight_home home = {.layout = weight_layout_new(t, be->act_dtype, 0, 0), .device = w};
                 device.host_memory = !apart;
                 fill_nan(w, t->total);
                 cr_assert_eq(weights_load(t, &device, &home, set, "here", NULL), OK, "%s", fail_message());
@@ -346,7 +346,7 @@ Test(params_load, a_file_cut_after_it_was_opened)
     struct file f = file_of(t);
     struct tensor_set *set = write_and_open(&f);
     float *w = new_poisoned(t->total);
-    struct weight_home home = {.layout = weight_layout_new(t, be->act_dtype, false), .device = w};
+    struct weight_home home = {.layout = weight_layout_new(t, be->act_dtype, 0, 0), .device = w};
     cr_assert_eq(truncate(tensor_set_file_path(set, 0), path_size(tensor_set_file_path(set, 0)) - 4), 0);
     cr_expect_eq(weights_load(t, be, &home, set, "here", NULL), ERR_INPUT);
     cr_expect(strstr(fail_message(), tensor_set_file_path(set, 0)) && strstr(fail_message(), "ends early"), "%s", fail_message());

@@ -19,10 +19,10 @@ static const struct distill_args mixed = {.tail = TAIL_BUCKET, .temperature = 2,
 static const double fast = 2e-3;
 
 #define SHAPE "\"hidden_size\": 64, \"intermediate_size\": 96, \"head_dim\": 16, \"initializer_range\": 0.08"
-/* q, k, v biases; q and k norms under a tied head; every bias; a window shorter than the longest document */
-static const struct shape { const char *architecture, *more; bool tie; int64_t length; const int *documents; } shapes[] = {
-    {"qwen2", SHAPE, false, LENGTH, documents}, {"qwen3", SHAPE, true, LENGTH, documents}, {"llama", SHAPE ", \"attention_bias\": true, \"mlp_bias\": true", false, LENGTH, documents},
-    {"mistral", SHAPE ", \"sliding_window\": 3", false, LENGTH, documents},
+/* q, k, v biases; q and k norms under a tied head; every bias; a window shorter than the longest document. In fp8 some of them with native blocks at an end */
+static const struct shape { const char *architecture, *more; bool tie; int64_t length; const int *documents; int native_first, native_last; } shapes[] = {
+    {"qwen2", SHAPE, false, LENGTH, documents}, {"qwen3", SHAPE, true, LENGTH, documents, 1, 0}, {"llama", SHAPE ", \"attention_bias\": true, \"mlp_bias\": true", false, LENGTH, documents},
+    {"mistral", SHAPE ", \"sliding_window\": 3", false, LENGTH, documents, 0, 1},
 };
 enum { SHAPES = sizeof shapes / sizeof *shapes };
 
@@ -61,7 +61,7 @@ static struct walk walk(const struct way *way, const struct shape *shape, enum r
     struct fixture f;
     struct fixture_options o = {.architecture = shape->architecture, .more = shape->more, .tie = shape->tie, .rows = micro_rows, .length = shape->length, .head_rows = shape->length, .recompute = recompute,
                                 .kind = TARGET_TOPK, .k = K, .loss = mixed, .seed = 5, .exact_rows = way->exact_rows, .device = way->device, .precision = way->precision,
-                                .deterministic = way->deterministic, .recipe = way->recipe, .master = way->master, .fp8 = way->fp8};
+                                .deterministic = way->deterministic, .recipe = way->recipe, .master = way->master, .fp8 = way->fp8, .native_first = shape->native_first, .native_last = shape->native_last};
     struct batch *part[BATCHES][ROWS];
     int n = (int)(ROWS / micro_rows);
     double targets[BATCHES] = {0};
