@@ -35,6 +35,6 @@ done
 scripts/plot_curves.sh '' "${curves[@]}" >"$out/curves.svg"
 "$distill" eval configs/gpu/distill.yaml "${models[@]}" "${settings[@]}"
 awk 'NF != 5 { print "fp8_run: seed " $1 ": a run left no held-out loss"; bad = 2; exit } {
-    d = 100 * ($3 - $2) / $2; sum += d; far += d > 0.5 || d < -0.5
+    d = 100 * ($3 - $2) / $2; sum += d; squares += d * d; far += d > 0.5 || d < -0.5
     printf "seed %s: held-out loss native %.4f, fp8 %.4f (%+.2f %%); cross entropy %.4f, %.4f (%+.2f %%)\n", $1, $2, $3, d, $4, $5, 100 * ($5 - $4) / $4
-} END { if (bad) exit bad; printf "mean %+.2f %%\n", sum / NR; exit far > 0 }' <<<"${pairs%$'\n'}"
+} END { if (bad) exit bad; printf "mean %+.2f %%", sum / NR; if (NR > 1) printf ", standard error %.2f %%", sqrt((squares - sum * sum / NR > 0 ? squares - sum * sum / NR : 0) / (NR - 1) / NR); print ""; exit far > 0 }' <<<"${pairs%$'\n'}"
