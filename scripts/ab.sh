@@ -2,7 +2,7 @@
 # What the kinds of shards are worth: one teacher, its targets stored in full, as hybrid, sampled and topk, and students from each (topk twice: bucket and renormalise)
 # beside cross entropy alone, with several seeds; held-out KL to the teacher, loss, accuracy, agreement and calibration error, mean +- standard deviation over the seeds.
 #
-#   scripts/ab.sh cpu|gpu [DISTILL [SEED...]]
+#   scripts/ab.sh cpu|gpu [DISTILL [SEED...]]     DISTILL   default build/train/distill, for gpu build-gpu/train/distill
 #
 # cpu   the quickstart's text, teacher and student (run scripts/quickstart.sh first) on 640 rows, 3 epochs; 15 to 30 minutes on two cores, 1.2 GB of disk
 # gpu   a teacher of 118.6M parameters and students of 10M, configs/gpu/; needs quickstart/text and quickstart/tokenizer; three minutes on one H100, 7 GB of disk
@@ -11,11 +11,11 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 device=${1:-}
-distill=${2:-build/train/distill}
 seeds=("${@:3}")
 [ ${#seeds[@]} -gt 0 ] || seeds=(1 2 3)
 out=quickstart/ab-$device
 last() { ls -d "$1/checkpoints"/step-* | tail -1; }
+distill=${2:-build$([ "$device" = gpu ] && echo -gpu)/train/distill}
 case $device in
     cpu) config=configs/quickstart/distill.yaml settings=(--set corpus.max_rows=640 --set objective.kd_weight=1 --set objective.ce_weight=0)
         [ -d quickstart/teacher ] || { echo "ab: there is no quickstart/teacher; run scripts/quickstart.sh first" >&2; exit 2; } ;;

@@ -3,14 +3,15 @@
 # held-out loss every 100 steps, the curves as an SVG, and all students measured by eval, which multiplies natively. Several seeds, because a run goes another way with every rounding: two
 # native runs that only sum in another order (train.micro_rows) end 0.6 % apart in KL.
 #
-#   scripts/fp8_run.sh [DISTILL [SETTING...]]     SETTING as in distill's --set; e.g. train.steps=400
+#   scripts/fp8_run.sh [DISTILL [SETTING...]]     DISTILL   default build-gpu/train/distill
+#                                                  SETTING   as in distill's --set; e.g. train.steps=400
 #   SEEDS="1 2 3"     of the pairs; default 1 2
 #
 # Needs quickstart/text, quickstart/tokenizer and what scripts/gpu_run.sh leaves: quickstart/gpu-teacher and quickstart/gpu-logits (made here where they are missing).
 # Run again it goes on where it stopped; everything is in quickstart/fp8-run, rm -r it to start over. Exit code 1: in one of the pairs fp8's held-out loss is more than 0.5 % from native's.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-distill=${1:-build/train/distill}
+distill=${1:-build-gpu/train/distill}
 settings=()
 for s in "${@:2}"; do settings+=(--set "$s"); done
 out=quickstart/fp8-run
@@ -32,7 +33,7 @@ for seed in ${SEEDS:-1 2}; do
     done
     pairs+="$seed $(heldout "native-$seed" loss) $(heldout "fp8-$seed" loss) $(heldout "native-$seed" ce) $(heldout "fp8-$seed" ce)"$'\n'
 done
-scripts/plot_curves.sh '' "${curves[@]}" >"$out/curves.svg"
+CURVE=kd FROM=0.3 scripts/plot_curves.sh '' "${curves[@]}" >"$out/curves.svg"
 "$distill" eval configs/gpu/distill.yaml "${models[@]}" "${settings[@]}"
 awk 'NF != 5 { print "fp8_run: seed " $1 ": a run left no held-out loss"; bad = 2; exit } {
     d = 100 * ($3 - $2) / $2; sum += d; squares += d * d; far += d > 0.5 || d < -0.5

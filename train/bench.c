@@ -306,7 +306,7 @@ static int limit_rows(const struct bench *b, const struct pass *p, struct row *r
     double attention = model_config_forward_flops(c, b->c->corpus_row_length) - 2 * L * P - head;
     double optimizer = (double)model_config_parameters(c) / (double)(p->step_tokens ? p->step_tokens : 1);
     bool cheap = p->recompute >= RECOMPUTE_SWIGLU_NORM, ffn = p->recompute >= RECOMPUTE_FFN, block = p->recompute == RECOMPUTE_BLOCK;
-        double L8 = b->fp8 ? b->fp8_blocks : 0, N = L - L8, h = L8 + N * e;        /* blocks in fp8 and native; bytes of an element that an op writes for a product to read, over all of them */
+    double L8 = b->fp8 ? b->fp8_blocks : 0, N = L - L8, h = L8 + N * e;        /* blocks in fp8 and native; bytes of an element that an op writes for a product to read, over all of them */
     int n = 0;
 #define ROW(...) row[n++] = (struct row){__VA_ARGS__}
     if (L8 > 0) ROW("layers forward, fp8", ROW_FP8, 2 * L8 * P, "2 L8 P,  P = C W + Hq D C + 3 C F,  W = (Hq + 2 Hkv) D;  L8 blocks in fp8, N native, L in all");
@@ -367,6 +367,14 @@ static double row_seconds(const struct rates *r, const struct row *row)
 }
 
 /* Seconds of a token at the limit. */
+static double limit_seconds(const struct bench *b, const struct pass *p)
+{
+    struct row row[MAX_LIMIT_ROWS];
+    double total = 0;
+    for (int i = 0, n = limit_rows(b, p, row); i < n; i++) total += row_seconds(&b->rates, &row[i]);
+    return total;
+}
+
 static double print_limit(const struct bench *b, const struct pass *p)
 {
     struct row row[MAX_LIMIT_ROWS];
@@ -406,10 +414,13 @@ void bench_report(const struct bench *b, const struct pass *p, double tokens, do
     printf("        %.1f %% of the composed limit of %.0f tok/s\n", 100 * rate * limit, 1 / limit);
     if (b->config->n_layers < b->all_layers) {
         whole.n_layers = b->all_layers;
-        double all = (p->train ? 3 : 1) * model_config_forward_flops(&whole, b->c->corpus_row_length);
-        printf("        %d of %d layers were measured: scaled by model FLOP per token (%s for all), the whole model runs at %.0f tok/s\n", b->config->n_layers, b->all_layers,
-               bench_quantity(all, "FLOP"), rate * flop / all);
-        bench_figure(b, "tokens_per_second_scaled_to_all_layers", rate * flop / all, "tok/s");
+        struct bench all = *b;
+        all.config = &whole;
+        all.fp8_blocks += b->all_layers - b->config->n_layers;                /* what was left out are blocks of the kind that most are */
+        double share = rate * limit, scaled = share / limit_seconds(&all, p);
+        printf("        %d of %d layers were measured: at the same share of the limit of all, %.0f tok/s, the whole model runs at %.0f tok/s\n", b->config->n_layers, b->all_layers,
+               scaled / share, scaled);
+        bench_figure(b, "tokens_per_second_scaled_to_all_layers", scaled, "tok/s");
     }
     bench_figure(b, "tokens_per_second", rate, "tok/s");
     bench_figure(b, "model_flop_per_token", flop, "FLOP");

@@ -27,8 +27,9 @@ static int step(struct training *t)
     double targets = 0, kd, ce, norm;
     for (int i = 0; i < t->accum; i++) targets += (double)t->batch[i]->n_targets;
     train_gradients(t->model, t->objective, t->batch, t->accum, targets);
+    optimizer_queue_norm(t->optimizer);
     objective_read(t->objective, &kd, &ce);
-    norm = optimizer_norm(t->optimizer);
+    norm = optimizer_read_norm(t->optimizer);
     t->kd = kd / targets;
     if (!isfinite(t->kd) || !isfinite(norm)) return fail(ERR_NUMERIC, "step %lld: loss %g, gradient norm %g", (long long)t->step + 1, t->kd, norm);
     optimizer_step(t->optimizer, ++t->step, 1e-4);

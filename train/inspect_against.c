@@ -103,7 +103,7 @@ static int comparison_open(struct comparison *c, const struct inspect_options *o
     struct model_options options = {.N = c->m->row_length, .max_doc = c->m->row_length, .head_rows = CHUNK < c->m->row_length ? CHUNK : c->m->row_length, .fp8 = c->m->precision == PRECISION_FP8,
                                     .native_first = c->m->native_first, .native_last = c->m->native_last};
     if (options.fp8 && model_check_fp8(c->be, config, options.native_first, options.native_last, "teacher.precision") != OK) {
-        rc = fail_in(ERR_USAGE, "%s was dumped by a teacher in fp8, and has to be compared with one: use --device cpu", o->path);
+        rc = fail_in(ERR_USAGE, "%s was dumped by a teacher in fp8, and has to be compared with one: use --device cpu, or the model that made it", o->path);
         goto out;
     }
     c->model = model_new(c->be, config, &options, c->plan);

@@ -80,12 +80,13 @@ static void plan_layer(struct model *m, struct planner *p, int l)
         plan_float(p, &a->rstd_attn, 1);
         plan_float(p, &a->rstd_mlp, 1);
     }
-    if (rounds ? l == 0 && !m->o.train : own_inputs) plan_act(p, &a->norm_attn, C);
+    if (m->o.train ? !rounds && own_inputs : l == 0) plan_act(p, &a->norm_attn, C);
     if (!rounds && own_inputs && m->o.train) plan_act(p, &a->norm_mlp, C);
     struct planner ffn = *p;
     ffn.N = m->o.ffn_rows;
     if (own_ffn) plan_act(&ffn, &a->gate_up, 2 * F);
-    if (rounds ? first_of_kind && m->o.train : own_inputs) plan_act(&ffn, &a->h, F);       /* in fp8 products read what is written as they read it: dh alone needs the memory of h */
+    /* In fp8 products read what is written as they read it: dh alone needs the memory of h. Where h is recomputed all blocks have one. */
+    if (m->o.train && r >= RECOMPUTE_SWIGLU_NORM ? l == 0 : rounds ? first_of_kind && m->o.train : own_inputs) plan_act(&ffn, &a->h, F);
     for (int i = 0; i < PRODUCT_COUNT && rounds && own_inputs; i++)
         if (m->o.train || i != PRODUCT_GATE_UP) plan_fp8(i == PRODUCT_DOWN ? &ffn : p, &a->x8[i], matrix_of(&m->params->layer[l], i)->cols);
 }
@@ -116,6 +117,8 @@ static void share_layers(struct model *m)
 #define SHARE(field, from) if (!a->field) a->field = from->field
         SHARE(res_attn, first); SHARE(qkv_raw, first); SHARE(q, first); SHARE(k, first); SHARE(v, first); SHARE(att, first); SHARE(res_mlp, first);
         SHARE(gate_up, first); SHARE(rstd_attn, first); SHARE(rstd_mlp, first); SHARE(rstd_qk, first); SHARE(lse, first);
+        if (!m->o.train) SHARE(norm_attn, first);
+        if (m->o.recompute >= RECOMPUTE_SWIGLU_NORM) SHARE(h, first);
         SHARE(norm_attn, alike); SHARE(norm_mlp, alike); SHARE(h, alike);
         for (int i = 0; i < PRODUCT_COUNT; i++) { SHARE(x8[i].q, alike); SHARE(x8[i].scale, alike); }
 #undef SHARE
@@ -271,8 +274,8 @@ int model_check_fp8(const struct backend *be, const struct model_config *c, int 
         if (be->fp8_widest && widths[i] > be->fp8_widest) return fail(ERR_USAGE, "%s is fp8, and device %s rounds rows of at most %lld numbers: the model has one of %lld; set it to native", key, be->name, (long long)be->fp8_widest, (long long)widths[i]);
     }
     if (native_first + native_last >= c->n_layers)
-        return fail(ERR_USAGE, "%s is fp8, and %d blocks at the front and %d at the end stay native: of the model's %d none is left; lower fp8_native_first or fp8_native_last", key, native_first, native_last,
-                    c->n_layers);
+        return fail(ERR_USAGE, "%s is fp8, blocks that stay native are %d at the front and %d at the end, and the model has %d: none is left; lower %s.fp8_native_first or fp8_native_last", key, native_first, native_last,
+                    c->n_layers, strncmp(key, "train", 5) ? "teacher" : "train");
     return OK;
 }
 

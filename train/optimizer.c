@@ -76,13 +76,19 @@ void optimizer_master_from_weights(struct optimizer *o)
     o->master_filled = true;
 }
 
+void optimizer_queue_norm(struct optimizer *o) { o->model->be->ops->sum_squares(o->model->be, o->norm2, o->model->grads, o->model->params->total); }
+
+double optimizer_read_norm(struct optimizer *o)
+{
+    double norm2;
+    o->model->be->ops->download(o->model->be, &norm2, o->norm2, sizeof norm2);
+    return sqrt(norm2);
+}
+
 double optimizer_norm(struct optimizer *o)
 {
-    struct backend *be = o->model->be;
-    double norm2;
-    be->ops->sum_squares(be, o->norm2, o->model->grads, o->model->params->total);
-    be->ops->download(be, &norm2, o->norm2, sizeof norm2);
-    return sqrt(norm2);
+    optimizer_queue_norm(o);
+    return optimizer_read_norm(o);
 }
 
 void optimizer_step(struct optimizer *o, int64_t step, double lr)

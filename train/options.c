@@ -39,7 +39,7 @@ const struct option options[] = {
            "streamed: blocks wait in host memory and come onto the device one after another while it computes; auto: streamed where the device cannot hold them all"),
     CHOICE("teacher.precision", teacher_precision, "native", "native|fp8", D | B,
            "fp8: the matrices of the blocks, and what they multiply, are rounded to e4m3 with a scale per row; native: the device's type (cpu fp32, cuda bf16)"),
-    WHOLE ("teacher.fp8_native_first", teacher_fp8_native_first, "1", 0, 4096, D | B, "teacher.precision fp8: so many blocks at the front stay native; the first costs more than all others together"),
+    WHOLE ("teacher.fp8_native_first", teacher_fp8_native_first, "1", 0, 4096, D | B, "teacher.precision fp8: so many blocks at the front stay native; the first alone makes a third to two thirds of the error"),
     WHOLE ("teacher.fp8_native_last", teacher_fp8_native_last, "0", 0, 4096, D | B, "teacher.precision fp8: so many blocks at the end stay native"),
 
     CHOICE("student.init", student_init, "hf", "hf|checkpoint|scratch|teacher", D | T,

@@ -146,10 +146,11 @@ static int train_step(struct trainer *t, struct step_stats *s)
     if (s->measured) model_count_fp8(t->model);
     train_gradients(t->model, t->objective, t->batch, t->accum, divisor);
     if (FAILPOINT_FIRES("train.flip")) flip_bit(t->model);
+    optimizer_queue_norm(t->optimizer);
+    objective_read(t->objective, &s->kd, &s->ce);              /* here the host waits for the step; what it reads further on is there by then */
     model_read_census(t->model, s->census);
-    objective_read(t->objective, &s->kd, &s->ce);
     if (s->measured) objective_norms(t->objective, divisor, &s->kd_norm, &s->ce_norm);
-    s->grad_norm = optimizer_norm(t->optimizer);
+    s->grad_norm = optimizer_read_norm(t->optimizer);
     s->kd /= divisor;
     s->ce /= divisor;
     s->loss = t->c->objective_kd_weight * s->kd + t->c->objective_ce_weight * s->ce;
@@ -217,12 +218,14 @@ static int evaluate_and_report(struct trainer *t)
  * lost is what becomes 0. */
 static int add_census(struct metric *values, const struct fp8_census *census)
 {
-    static const char *const tags[CENSUS_COUNT][2] = {{"fp8/activation_largest", "fp8/activation_zero_share"}, {"fp8/gradient_largest", "fp8/gradient_zero_share"}};
+    static const char *const tags[CENSUS_COUNT][3] = {{"fp8/activation_largest", "fp8/activation_zero_share", "fp8/activation_rows_not_finite"},
+                                                      {"fp8/gradient_largest", "fp8/gradient_zero_share", "fp8/gradient_rows_not_finite"}};
     int n = 0;
     for (int i = 0; i < CENSUS_COUNT; i++) {
         const struct fp8_census *s = &census[i];
         values[n++] = (struct metric){tags[i][0], s->largest};
         values[n++] = (struct metric){tags[i][1], s->elements > 0 ? s->zeros / s->elements : 0};
+        values[n++] = (struct metric){tags[i][2], s->not_finite};
     }
     return n;
 }
@@ -237,7 +240,7 @@ static int report_step(struct trainer *t, const struct step_stats *s, double rat
         t->share.kd = both > 0 ? s->kd_norm / both : 0;
         t->share.ce = both > 0 ? s->ce_norm / both : 0;
     }
-    struct metric values[13 + 2 * CENSUS_COUNT] = {{"train/loss", s->loss}, {"train/kd", s->kd}, {"train/ce", s->ce}, {"train/grad_norm", s->grad_norm}, {"train/lr", s->lr},
+    struct metric values[13 + 3 * CENSUS_COUNT] = {{"train/loss", s->loss}, {"train/kd", s->kd}, {"train/ce", s->ce}, {"train/grad_norm", s->grad_norm}, {"train/lr", s->lr},
                                     {"train/tokens_per_second", rate}, {"train/loader_wait_seconds", loader_wait_seconds(t->loader)}, {"train/tokens", (double)t->state.tokens}};
     int n = 8;
     if (strcmp(t->c->train_spike, "off")) values[n++] = (struct metric){"train/steps_skipped", (double)t->state.spike.skipped};

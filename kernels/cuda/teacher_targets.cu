@@ -16,7 +16,7 @@
  *    the head: summed over the complement, never a difference. */
 #include "kernels/cuda/row_stats.cuh"
 
-enum { THREADS = 256, BLOCKS = 4, AHEAD = 4, SAMPLE = 16,                       /* of the first kernel; a stage is a vector of every thread: AHEAD of them on their way, SAMPLE before the floor */
+enum { THREADS = 256, BLOCKS = 4, AHEAD = 4, SAMPLE = 16,                       /* of the first kernel; a stage is a vector of every thread: AHEAD of them on their way, SAMPLE, of vectors of 8, before the floor */
        MAX_K = 256, MAX_T = 8 };
 static_assert(MAX_K <= 2 * THREADS, "a thread has two maxima");
 constexpr float GONE = -1e30f;          /* stands in for a logit that is counted elsewhere: exponentials of it are 0, and 0 * GONE is 0 */
@@ -420,17 +420,20 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) stream_kernel(row_part *parts
     /* 1: the floor */
     float most[2] = {-CUDART_INF_F, -CUDART_INF_F};
     {
-        const T *from = row + me * W;
-        const int64_t stride = stages > SAMPLE ? (int64_t)(stages / SAMPLE) * (THREADS * W) : THREADS * W;
-        #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            packed<T, W> v[SAMPLE / 2];
+        /* stages of a sample of as many logits whatever a vector holds; where the row has no more, it is the row */
+        constexpr int samples = SAMPLE * 8 / W, BATCH = 8;
+        #pragma unroll 2
+        for (int batch = 0; batch < samples / BATCH; batch++) {
+            packed<T, W> v[BATCH];
             #pragma unroll
-            for (int i = 0; i < SAMPLE / 2; i++, from += stride) if (half * SAMPLE / 2 + i < stages) v[i] = load_packed<T, W>(from);
+            for (int i = 0; i < BATCH; i++) {
+                int n = batch * BATCH + i, stage = stages > samples ? n * stages / samples : n;
+                if (n < stages) v[i] = load_packed<T, W>(row + (stage * THREADS + me) * W);
+            }
             #pragma unroll
-            for (int i = 0; i < SAMPLE / 2; i++) if (half * SAMPLE / 2 + i < stages) most[half] = fmaxf(most[half], largest<T, W>(v[i]));
+            for (int i = 0; i < BATCH; i++) if (batch * BATCH + i < stages) most[batch % 2] = fmaxf(most[batch % 2], largest<T, W>(v[i]));
         }
-        if (stages < SAMPLE && has_vector) most[1] = fmaxf(most[1], largest<T, W>(load_packed<T, W>(row + (stages * THREADS + me) * W)));
+        if (stages < samples && has_vector) most[1] = fmaxf(most[1], largest<T, W>(load_packed<T, W>(row + (stages * THREADS + me) * W)));
     }
     packed<T, W> ahead[AHEAD];
     const T *from = row + me * W;                           /* of the round that is asked for next; whole: it is not the last */
@@ -735,20 +738,22 @@ static void by_slots(struct backend *be, const launch_args &a)
     }
 }
 
-/* Entries that a row's list has room for. Of rows of 152k independent logits some 340 reach the floor for top 64, 1,640 for top 256: K-th of the sample's 256 (512) maxima of 128 (64) logits. */
-static int list_room(int K) { return K <= 85 ? 1024 : 12 * K; }
+/* Entries that a row's list has room for. Of rows of 152k independent logits some 340 reach the floor for top 64, 1,640 for top 256: K-th of the sample's 256 (512) maxima of 128 (64) logits. They are
+ * more in longer rows, of which the sample is a smaller part. */
+static int longer_rows(int n, int64_t V) { return V <= 153600 ? n : (int)(n * V / 153600); }
+static int list_room(int K, int64_t V) { return longer_rows(K <= 85 ? 1024 : 12 * K, V); }
 
-/* Vectors that a warp sets aside: of such rows 43 or 205 in the mean; more would leave no room for BLOCKS blocks. */
-static int set_aside(int K) { return K <= 85 ? 128 : 336; }
+/* Vectors that a warp sets aside: of such rows 43 or 205 in the mean. More than 336 leave no room for BLOCKS blocks. */
+static int set_aside(int K, int64_t V) { return longer_rows(K <= 85 ? 128 : 336, V); }
 
 /* Parts and lists of a launch; a chunk whose rows need more goes in several. */
 constexpr size_t MOST_SCRATCH = CUDA_PRODUCT_WORKSPACE;
-static size_t row_scratch(int K) { return sizeof(row_part) + (size_t)list_room(K) * sizeof(unsigned long long); }
+static size_t row_scratch(int K, int64_t V) { return sizeof(row_part) + (size_t)list_room(K, V) * sizeof(unsigned long long); }
 
 extern "C" size_t cuda_teacher_targets_scratch(struct backend *be, const struct op_limits *l)
 {
     (void)be;
-    size_t all = (size_t)l->chunk_rows * row_scratch(MAX_K) + 256;      /* a model's limits do not say which K its targets have */
+    size_t all = (size_t)l->chunk_rows * row_scratch(MAX_K, l->V) + 256;      /* a model's limits do not say which K its targets have */
     return all < MOST_SCRATCH ? all : MOST_SCRATCH;
 }
 
@@ -770,10 +775,10 @@ extern "C" void cuda_teacher_targets(struct backend *be, const struct teacher_ta
     shape.K = out->K;
     shape.entropy = out->entropy != NULL;
     shape.unit_slot = unit >= 0 ? shape.slot_of[unit] : -1;
-    shape.aside = set_aside(out->K);
-    shape.room = list_room(out->K);
+    shape.aside = set_aside(out->K, Vv);
+    shape.room = list_room(out->K, Vv);
     for (int i = shape.slots; i <= MAX_T; i++) { shape.inv_T[i] = shape.inv_T[0]; shape.c[i] = shape.c[0]; }
-    size_t per_row = row_scratch(out->K);
+    size_t per_row = row_scratch(out->K, Vv);
     int64_t launches = div_up(R, (int64_t)((MOST_SCRATCH - 256) / per_row)), rows = div_up(R, launches);
     char *scratch = (char *)cuda_scratch(be, (size_t)rows * per_row + 256);
     unsigned long long *lists = (unsigned long long *)(void *)(scratch + cuda_round_up((size_t)rows * sizeof(row_part)));

@@ -24,7 +24,7 @@ grep -q native_blocks whole/manifest.json && fail "a dump with every block in fp
 awk -v all="$(number whole/manifest.json kl)" -v kl="$(number logits/manifest.json kl)" 'BEGIN { exit !(kl < all) }' || fail "KL $(number logits/manifest.json kl) with a native block, $(number whole/manifest.json kl) without"
 expect_exit 6 'native_blocks \[1,0\], this run has \[0,1\]' dump --set teacher.fp8_native_first=0 --set teacher.fp8_native_last=1
 expect_exit 6 'native_blocks \[0,0\], this run has \[1,0\]' dump --set shards.path=whole
-expect_exit 2 'of the model.s [0-9]+ none is left; lower fp8_native_first' dump --set shards.path=none --set teacher.fp8_native_first=1 --set teacher.fp8_native_last=40
+expect_exit 2 'the model has 2: none is left; lower fp8_native_first' dump --set shards.path=none --set teacher.fp8_native_first=1 --set teacher.fp8_native_last=40
 expect_exit 6 'not dumped with one teacher and one configuration' "$distill" train config.yaml --set run.dir=run --set shards.heldout_path=whole-heldout
 expect_exit 6 'the teacher of whole kept 0 and 0 blocks native' "$distill" train config.yaml --set run.dir=run --set shards.path=whole --set teacher.fp8_native_first=2
 
@@ -75,6 +75,26 @@ expect_exit 6 'was made with teacher_precision "native", this run has "fp8_e4m3"
 expect_exit 6 'not dumped with one teacher and one configuration' "$distill" train config.yaml --set run.dir=run --set shards.heldout_path=native-heldout
 expect_exit 6 'teacher.precision is fp8, native was dumped with a teacher at its native precision' "$distill" train config.yaml --set run.dir=run --set shards.path=native --set teacher.precision=fp8
 "$distill" train config.yaml "${fp8[@]}" --set run.dir=run >train.log 2>&1 || fail "train: $(tail -1 train.log)"
+
+# a student's products in fp8: said, counted, and resumed to the bit
+expect_exit 2 'the model has 1: none is left; lower fp8_native_first' "$distill" train config.yaml "${fp8[@]}" --set train.matmul=fp8 --set run.dir=none
+model_config two.json 2 16
+student=("$distill" train config.yaml "${fp8[@]}" --set student.config=two.json --set train.matmul=fp8 --set train.measure_every=4)
+"${student[@]}" --set train.matmul=native --set run.dir=native-run >native-run.log
+"${student[@]}" --set run.dir=straight >straight.log || fail "train.matmul fp8: $(tail -1 straight.log)"
+grep -qE '^matmul +fp8 in [0-9]+ of [0-9]+ blocks; 1 at the front and 0 at the end stay native' straight.log || fail "not said: $(cat straight.log)"
+for metric in activation_largest activation_zero_share gradient_largest gradient_zero_share gradient_rows_not_finite; do
+    [ "$(grep -c "\"fp8/$metric\"" straight/metrics.jsonl)" = 4 ] || fail "metrics: fp8/$metric in $(grep -c "\"fp8/$metric\"" straight/metrics.jsonl) lines, not in those of steps 1, 4, 8 and 12"
+done
+"${student[@]}" --set run.dir=stopped --set train.steps=5 >stopped.log && "${student[@]}" --set run.dir=stopped --resume >>stopped.log || fail "resume: $(tail -1 stopped.log)"
+"${student[@]}" --set run.dir=all --set train.fp8_native_first=0 >all.log
+"${student[@]}" --set run.dir=ffn --set train.recompute=ffn >ffn.log
+for f in model.safetensors optimizer.safetensors state.json; do
+    cmp straight/checkpoints/step-00000012/$f stopped/checkpoints/step-00000012/$f || fail "$f differs after a resume at step 5"
+    [ $f = state.json ] || cmp straight/checkpoints/step-00000012/$f ffn/checkpoints/step-00000012/$f || fail "$f differs where the ffn is recomputed"
+done
+cmp -s straight/checkpoints/step-00000012/model.safetensors native-run/checkpoints/step-00000012/model.safetensors && fail "train.matmul fp8 changes nothing"
+cmp -s straight/checkpoints/step-00000012/model.safetensors all/checkpoints/step-00000012/model.safetensors && fail "train.fp8_native_first changes nothing"
 
 # inspect
 "$distill" inspect logits >out.txt

@@ -617,7 +617,7 @@ Test(cpu, fused)
 
 static void compare(const char *precision)
 {
-    bool bf16 = !strcmp(precision, "bf16");
+    bool bf16 = strcmp(precision, "fp32") != 0;             /* exact too */
     ops_compare(&(struct case_list){"fp8 rows", rows_cases, COUNT(rows_cases) - (bf16 ? 0 : 1), sizeof *rows_cases, run_rows, rows_name}, precision);
     ops_compare(&(struct case_list){"fp8 census", "", 1, 1, run_census, census_name}, precision);
     ops_compare(&(struct case_list){"fp8 weights", weight_cases, COUNT(weight_cases), sizeof *weight_cases, run_weight, weight_name}, precision);
@@ -626,6 +626,7 @@ static void compare(const char *precision)
 
 Test(gpu, fp32) { compare("fp32"); }
 Test(gpu, bf16) { compare("bf16"); }
+Test(gpu, exact) { compare("exact"); }
 
 static void fused_on(const char *precision)
 {

@@ -152,7 +152,8 @@ static void accumulation_is_one_objective(const struct way *way)
         if (way->exact_rows) cr_expect(four.loss[0] == once.loss[0], "%s: loss %.17g in four passes, %.17g in one", shapes[s].architecture, four.loss[0], once.loss[0]);
         else cr_expect(off(four.loss[0], once.loss[0]) <= way->split_loss, "%s: loss %.9g in four passes, %.9g in one", shapes[s].architecture, four.loss[0], once.loss[0]);
         cr_expect(gradient <= way->split_gradient, "%s: gradients differ by %g", shapes[s].architecture, gradient);
-        cr_expect(worst <= way->loss, "%s: the curves part by %g", shapes[s].architecture, worst);
+        bool same_rounding = way->fp8 && way->exact_rows && !shapes[s].native_first && !shapes[s].native_last;       /* sums in fp8 are exact on the CPU */
+        cr_expect(worst <= (same_rounding ? 1e-5 : way->loss), "%s: the curves part by %g", shapes[s].architecture, worst);
         walk_free(&once);
         walk_free(&four);
     }
@@ -250,4 +251,5 @@ Test(gpu, fp8)
 {
     everything(&(struct way){"cuda", "fp32", NULL, false, false, false, 1e-2, 8e-2, 2e-3, 1e-2, 0, true});
     everything(&(struct way){"cuda", "bf16", "compact", false, false, false, 2e-2, 1.5e-1, 5e-3, 2e-2, 0, true});
+    everything(&(struct way){"cuda", "bf16", "exact", false, false, false, 2e-2, 1.5e-1, 5e-3, 2e-2, 0, true});
 }
