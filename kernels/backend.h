@@ -6,7 +6,8 @@
  * K teacher entries per token, R rows of a chunk of logits. Row-major, last index contiguous.
  *
  * Arguments: outputs, inputs, sizes, scalars. dX is the gradient of X. Weight gradients ACCUMULATE (+=), activation
- * gradients are OVERWRITTEN (=). Ops return void, never allocate, never print, and only sync() and download() wait. What an
+ * gradients are OVERWRITTEN (=). Ops return void, never print, never allocate (but a shape's plan, on the host, when it is first met), and only sync() and
+ * those that bring something to the host wait, and upload() while its ring of pinned memory is full. What an
  * op needs beside its arguments lies in the scratch arena (scratch_bytes() says how much; the caller puts it into
  * be->scratch). A device failure inside an op ends the process with the expression, file and line.
  */
