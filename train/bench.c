@@ -1,6 +1,7 @@
 /* distill bench: how fast this machine trains, dumps, computes and reads and writes at the shapes of a configuration. See bench.h. */
 #include "train/bench.h"
 
+#include <ctype.h>
 #include <jansson.h>
 #include <math.h>
 #include <string.h>
@@ -48,6 +49,20 @@ void bench_figure_more(const struct bench *b, const char *figure, double value, 
     fflush(stdout);
     free(text);
     json_decref(line);
+}
+
+/* A line of a table as a figure: its name behind `prefix`, in letters, digits and underscores */
+static void table_figure(const struct bench *b, const char *prefix, const char *name, double value, const char *unit, const char *key2, double value2)
+{
+    char figure[96];
+    int n = 0;
+    snprintf(figure, sizeof figure, "%s%s", prefix, name);
+    for (const char *c = figure; *c; c++) {                 /* what is neither, once for a run of them */
+        char kept = isalnum((unsigned char)*c) ? *c : '_';
+        if (kept != '_' || !n || figure[n - 1] != '_') figure[n++] = kept;
+    }
+    figure[n] = 0;
+    bench_figure_more(b, figure, value, unit, key2, value2, NULL, 0);
 }
 
 /* ---- a shape on a device ---- */
@@ -105,6 +120,9 @@ void bench_memory_end(const struct bench *b, const struct memory_plan *p)
     memory_print(p, stdout);
     printf("  %-28s %9.3f GiB  %+.1f %% of the plan%s\n", bench_on_cpu(b) ? "in memory since the plan" : "the driver says", used / 0x1p30, 100 * apart,
            fabs(apart) <= 0.03 ? "" : bench_on_cpu(b) ? " (a page nobody touched is not there; batches and shards are)" : ": MORE THAN 3 % APART");
+    const char *name;
+    size_t bytes;
+    for (int i = 0; memory_row(p, i, &name, &bytes); i++) table_figure(b, "memory_", name, (double)bytes, "B", NULL, 0);
     bench_figure(b, "memory_planned", plan, "B");
     bench_figure(b, "memory_in_use", used, "B");
 }
@@ -388,6 +406,7 @@ static double print_limit(const struct bench *b, const struct pass *p)
         printf("  %-22s %12s  %9.3f us   %s\n", row[i].name, bench_quantity(row[i].amount, row[i].kind == ROW_BYTES ? "B" : "FLOP"), 1e6 * s, row[i].formula);
     }
     printf("  %-22s %12s  %9.3f us   %.0f tok/s\n", "sum", "", 1e6 * total, 1 / total);
+    for (int i = 0; i < n; i++) table_figure(b, "limit_", row[i].name, row_seconds(&b->rates, &row[i]), "s per token", row[i].kind == ROW_BYTES ? "bytes" : "flop", row[i].amount);
     return total;
 }
 
@@ -458,9 +477,10 @@ void bench_phases(const struct bench *b, struct backend *timed, int steps, doubl
     for (int phase = 0; phase < PHASE_COUNT; phase++) {
         double sum = 0;
         for (int i = 0; i < n; i++) if (ops[i].phase == (enum time_phase)phase) sum += ops[i].seconds;
-        bench_figure(b, keys[phase], sum / wall, "share of step");
+        bench_figure_more(b, keys[phase], sum / wall, "share of step", "seconds", sum / steps, NULL, 0);
     }
-    bench_figure(b, "phase_host", (wall - device) / wall, "share of step");
+    for (int i = 0; i < n; i++) table_figure(b, "op_", ops[i].name, ops[i].seconds / steps, "s per step", "calls", (double)(ops[i].calls / steps));
+    bench_figure_more(b, "phase_host", (wall - device) / wall, "share of step", "seconds", (wall - device) / steps, NULL, 0);
 }
 
 /* ---- the command ---- */

@@ -102,6 +102,14 @@ int memory_commit(struct memory_plan *m, size_t limit)
     return OK;
 }
 
+bool memory_row(const struct memory_plan *m, int i, const char **name, size_t *bytes)
+{
+    if (i >= m->n_rows) return false;
+    *name = m->row[i].name;
+    *bytes = m->row[i].bytes;
+    return true;
+}
+
 void memory_print(const struct memory_plan *m, FILE *f)
 {
     size_t total = memory_total(m);

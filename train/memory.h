@@ -3,6 +3,7 @@
 #ifndef TRAIN_MEMORY_H
 #define TRAIN_MEMORY_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdio.h>
 
@@ -29,5 +30,7 @@ int  memory_check(const struct memory_plan *m, size_t limit_bytes);
 int  memory_commit(struct memory_plan *m, size_t limit_bytes);
 size_t memory_total(const struct memory_plan *m);
 void memory_print(const struct memory_plan *m, FILE *f);  /* the table: row, GiB, share */
+/* Row i of the table -> its name and bytes; false: there are fewer. */
+bool memory_row(const struct memory_plan *m, int i, const char **name, size_t *bytes);
 
 #endif
