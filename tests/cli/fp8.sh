@@ -24,7 +24,7 @@ grep -q native_blocks whole/manifest.json && fail "a dump with every block in fp
 awk -v all="$(number whole/manifest.json kl)" -v kl="$(number logits/manifest.json kl)" 'BEGIN { exit !(kl < all) }' || fail "KL $(number logits/manifest.json kl) with a native block, $(number whole/manifest.json kl) without"
 expect_exit 6 'native_blocks \[1,0\], this run has \[0,1\]' dump --set teacher.fp8_native_first=0 --set teacher.fp8_native_last=1
 expect_exit 6 'native_blocks \[0,0\], this run has \[1,0\]' dump --set shards.path=whole
-expect_exit 2 'the model has 2: none is left; lower fp8_native_first' dump --set shards.path=none --set teacher.fp8_native_first=1 --set teacher.fp8_native_last=40
+expect_exit 2 'the model has 2: none is left; lower teacher.fp8_native_first' dump --set shards.path=none --set teacher.fp8_native_first=1 --set teacher.fp8_native_last=40
 expect_exit 6 'not dumped with one teacher and one configuration' "$distill" train config.yaml --set run.dir=run --set shards.heldout_path=whole-heldout
 expect_exit 6 'the teacher of whole kept 0 and 0 blocks native' "$distill" train config.yaml --set run.dir=run --set shards.path=whole --set teacher.fp8_native_first=2
 
@@ -77,7 +77,7 @@ expect_exit 6 'teacher.precision is fp8, native was dumped with a teacher at its
 "$distill" train config.yaml "${fp8[@]}" --set run.dir=run >train.log 2>&1 || fail "train: $(tail -1 train.log)"
 
 # a student's products in fp8: said, counted, and resumed to the bit
-expect_exit 2 'the model has 1: none is left; lower fp8_native_first' "$distill" train config.yaml "${fp8[@]}" --set train.matmul=fp8 --set run.dir=none
+expect_exit 2 'the model has 1: none is left; lower train.fp8_native_first' "$distill" train config.yaml "${fp8[@]}" --set train.matmul=fp8 --set run.dir=none
 model_config two.json 2 16
 student=("$distill" train config.yaml "${fp8[@]}" --set student.config=two.json --set train.matmul=fp8 --set train.measure_every=4)
 "${student[@]}" --set train.matmul=native --set run.dir=native-run >native-run.log
