@@ -33,7 +33,7 @@ static void report_precision(struct report *r, const struct shard_manifest *m)
     report_text(r, "teacher_precision", "  precision", teacher_precision_name(m->precision));
     if (m->precision == PRECISION_NATIVE) return;
     if (m->native_first || m->native_last)
-        report_line(r, "precision_native_blocks", json_pack("[i, i]", m->native_first, m->native_last), "  but not", "%d blocks at the front, %d at the end", m->native_first, m->native_last);
+        report_line(r, "precision_native_blocks", json_pack("[i, i]", m->native_first, m->native_last), "  native blocks", "%d at the front, %d at the end", m->native_first, m->native_last);
     report_line(r, "precision_kl", json_real(e->kl), "  KL(native || it)", "%.3g nats per token, %.3g in the worst row", e->kl, e->kl_row_max);
     json_object_set_new(r->section, "precision_kl_row_max", json_real(e->kl_row_max));
     report_line(r, "precision_agreement", json_real(e->agreement), "  same first choice", "%.2f %%", 100 * e->agreement);

@@ -98,7 +98,7 @@ cmp -s straight/checkpoints/step-00000012/model.safetensors all/checkpoints/step
 
 # inspect
 "$distill" inspect logits >out.txt
-for pattern in 'precision +fp8_e4m3' 'KL\(native \|\| it\) +[0-9.e-]+ nats per token' 'but not +1 blocks at the front, 0 at the end' 'same first choice +[0-9.]+ %' 'measured on +[0-9]+ positions of 3 rows'; do
+for pattern in 'precision +fp8_e4m3' 'KL\(native \|\| it\) +[0-9.e-]+ nats per token' 'native blocks +1 at the front, 0 at the end' 'same first choice +[0-9.]+ %' 'measured on +[0-9]+ positions of 3 rows'; do
     grep -qE "$pattern" out.txt || fail "inspect does not say '$pattern': $(head -25 out.txt)"
 done
 "$distill" inspect logits --json >out.txt && [ "$(number out.txt precision_kl)" = "$(number logits/manifest.json kl)" ] || fail "inspect --json: KL $(number out.txt precision_kl)"
