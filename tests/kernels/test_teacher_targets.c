@@ -162,6 +162,62 @@ Test(cpu, definition)
     rig_close(&r);
 }
 
+/* Rows that are no distribution: a NaN, beside the largest logit and far from it, nothing but NaN, nothing but masked logits, an infinity. A dump sets a position aside when one of its log-sum-exps or its
+ * entropy is not finite (train/dump_pipeline.c): they must not be, and the row between must be what it is alone. */
+static void not_finite(struct rig *r)
+{
+    enum { ROWS = 7, GOOD = 3, T = 3, K = 20 };
+    static const float temperatures[T] = {1, 2, 3};
+    static const int64_t lengths[] = {40, 2048, 5000, 5003, 40961};
+    for (size_t i = 0; i < COUNT(lengths); i++) {
+        int64_t V = lengths[i];
+        float *t = acts(r, ROWS * V, 3, 9), out[2][ROWS * T], entropy[2][ROWS];
+        for (int64_t j = 0; j < V; j++) {
+            t[2 * V + j] = NAN;
+            t[4 * V + j] = -INFINITY;
+        }
+        t[V / 3] = NAN;
+        t[V + 8] = 90;
+        t[V + 9] = NAN;
+        t[5 * V + V - 1] = INFINITY;
+        t[6 * V + V - 1] = -NAN;                             /* what fills no vector */
+        rig_scratch(r, (struct op_limits){.N = ROWS, .C = 8, .V = V, .chunk_rows = ROWS, .Hq = 1, .Hkv = 1, .D = 8, .K = K});
+        for (int alone = 0; alone < 2; alone++) {
+            int64_t R = alone ? 1 : ROWS;
+            struct teacher_targets o = {.nT = T, .temperatures = temperatures, .K = K, .lse = poison_float(r, R * T), .entropy = poison_float(r, R), .head_ids = poison(r, ROWS * K * sizeof *o.head_ids),
+                                        .head_logprob = poison_float(r, R * K), .tail_logmass = poison_float(r, R * T)};
+            r->op->teacher_targets(r->be, &o, upload_act(r, t + (alone ? GOOD * V : 0), R * V), NULL, R, V, V);
+            r->op->download(r->be, out[alone], o.lse, (size_t)(R * T) * sizeof(float));
+            r->op->download(r->be, entropy[alone], o.entropy, (size_t)R * sizeof(float));
+        }
+        cr_assert(!memcmp(&out[0][GOOD * T], out[1], T * sizeof(float)) && entropy[0][GOOD] == entropy[1][0], "V %ld: a row beside rows that are not finite", (long)V);
+        for (int n = 0; n < ROWS; n++) {
+            bool good = isfinite(entropy[0][n]);
+            for (int k = 0; k < T; k++) good &= isfinite(out[0][n * T + k]) != 0;
+            cr_assert_eq(good, n == GOOD, "V %ld, row %d: lse %g, %g, %g, entropy %g", (long)V, n, (double)out[0][n * T], (double)out[0][n * T + 1], (double)out[0][n * T + 2], (double)entropy[0][n]);
+        }
+        rig_reset(r, "not finite");
+    }
+}
+
+Test(cpu, not_finite)
+{
+    struct rig r;
+    rig_open_cpu(&r);
+    not_finite(&r);
+    rig_close(&r);
+}
+
+static void not_finite_on(const char *precision)
+{
+    struct rig r;
+    if (!rig_open_gpu(&r, "teacher_targets not finite", precision)) cr_skip_test("no device");
+    not_finite(&r);
+    rig_close(&r);
+}
+Test(gpu, not_finite) { not_finite_on("bf16"); }
+Test(gpu, not_finite_fp32) { not_finite_on("fp32"); }
+
 static const struct case_list list = {"teacher_targets", cases, COUNT(cases), sizeof *cases, run, name};
 Test(gpu, fp32) { ops_compare(&list, "fp32"); }
 Test(gpu, bf16) { ops_compare(&list, "bf16"); }
