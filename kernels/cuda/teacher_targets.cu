@@ -294,7 +294,8 @@ template <int WARPS, int N> __device__ __forceinline__ void block_totals(double 
 
 /* Terms of the list, 0 to 1, in units that add up the same in any order; 2^63 of them hold far more terms than a list */
 constexpr float UNITS = 1099511627776.0f;                                     /* 2^40 */
-__device__ __forceinline__ long long whole_units(float y) { return __float2ll_rn(y * UNITS); }
+/* NaN, from infinities less infinities, adds nothing: of a row that is no distribution the largest entry or the rest says so. */
+__device__ __forceinline__ long long whole_units(float y) { return y > 0 ? __float2ll_rn(y * UNITS) : 0; }
 
 /* e^x, relative error 2^-22: the exponent in double, the hardware's exponential for the rest. The library's is a long chain of double precision, each
  * instruction waiting for the one before. Beyond e^-693 and e^693 it stays where it is; NaN stays NaN. */
@@ -303,7 +304,7 @@ __device__ __forceinline__ double exp_short(double x)
     double y = x * 1.4426950408889634, n;
     y = y < -1000 ? -1000 : y > 1000 ? 1000 : y;
     n = rint(y);
-    return exp2_fast((float)(y - n)) * __hiloint2double(((int)n + 1023) << 20, 0);
+    return exp2_fast((float)(y - n)) * __hiloint2double((int)((unsigned)((int)n + 1023) << 20), 0);
 }
 /* 2^x for what rounding leaves: |x| far below 1 */
 __device__ __forceinline__ double exp2_residue(double x) { double u = x * 0.6931471805599453; return 1 + u * (1 + u * (1 / 2.0 + u * (1 / 6.0))); }
@@ -361,7 +362,8 @@ __device__ __noinline__ void row_again(stream_shared &s, unsigned *histogram, un
     for_each_vector<T, W, 1, false>(row, Vv, [&](float (&x)[W], int64_t j) {
         for (int i = 0; i < W; i++) {
             if (j + i >= Vv || ranking(x[i], (int)j + i) >= prefix) continue;
-            float d = fmaxf(x[i] - floor, GONE), y0 = 0;
+            float d = x[i] - floor, y0 = 0;
+            if (d < GONE) d = GONE;                         /* NaN stays */
             #pragma unroll
             for (int k = 0; k <= MAX_T; k++) {
                 if (k >= shape.slots) continue;

@@ -166,7 +166,7 @@ Test(cpu, definition)
  * entropy is not finite (train/dump_pipeline.c): they must not be, and the row between must be what it is alone. */
 static void not_finite(struct rig *r)
 {
-    enum { ROWS = 7, GOOD = 3, T = 3, K = 20 };
+    enum { ROWS = 9, GOOD = 3, T = 3, K = 20 };
     static const float temperatures[T] = {1, 2, 3};
     static const int64_t lengths[] = {40, 2048, 5000, 5003, 40961};
     for (size_t i = 0; i < COUNT(lengths); i++) {
@@ -175,7 +175,10 @@ static void not_finite(struct rig *r)
         for (int64_t j = 0; j < V; j++) {
             t[2 * V + j] = NAN;
             t[4 * V + j] = -INFINITY;
+            t[7 * V + j] = t[8 * V + j] = 1;                 /* a row of ties is done again */
         }
+        t[7 * V + V / 2] = NAN;
+        t[8 * V + V / 2] = -NAN;
         t[V / 3] = NAN;
         t[V + 8] = 90;
         t[V + 9] = NAN;
