@@ -393,21 +393,16 @@ static double limit_seconds(const struct bench *b, const struct pass *p)
     return total;
 }
 
-static double print_limit(const struct bench *b, const struct pass *p)
+static void print_limit(const struct bench *b, const struct pass *p, double total)
 {
     struct row row[MAX_LIMIT_ROWS];
-    double total = 0;
     int n = limit_rows(b, p, row);
     printf("composed limit, per token: FLOP / rate of products and of attention, bytes / %.0f %% of copy bandwidth; e, g, m: %zu, %zu, %zu bytes of an activation, a gradient, a moment\n",
            100 * BANDWIDTH_SHARE, dtype_width(b->be->act_dtype), dtype_width(b->be->grad_dtype), dtype_width(b->be->moment_dtype));
-    for (int i = 0; i < n; i++) {
-        double s = row_seconds(&b->rates, &row[i]);
-        total += s;
-        printf("  %-22s %12s  %9.3f us   %s\n", row[i].name, bench_quantity(row[i].amount, row[i].kind == ROW_BYTES ? "B" : "FLOP"), 1e6 * s, row[i].formula);
-    }
+    for (int i = 0; i < n; i++)
+        printf("  %-22s %12s  %9.3f us   %s\n", row[i].name, bench_quantity(row[i].amount, row[i].kind == ROW_BYTES ? "B" : "FLOP"), 1e6 * row_seconds(&b->rates, &row[i]), row[i].formula);
     printf("  %-22s %12s  %9.3f us   %.0f tok/s\n", "sum", "", 1e6 * total, 1 / total);
     for (int i = 0; i < n; i++) table_figure(b, "limit_", row[i].name, row_seconds(&b->rates, &row[i]), "s per token", row[i].kind == ROW_BYTES ? "bytes" : "flop", row[i].amount);
-    return total;
 }
 
 /* What the data sheet promises, dense bf16, for the cards this was run on; 0: not known. */
@@ -424,7 +419,8 @@ void bench_report(const struct bench *b, const struct pass *p, double tokens, do
     printf("rates   the larger of before and after: product %s, attention %s forward, %s backward, copy %s\n", bench_quantity(b->rates.product, "FLOP/s"),
            bench_quantity(b->rates.attention_forward, "FLOP/s"), bench_quantity(b->rates.attention_backward, "FLOP/s"), bench_quantity(b->rates.copy, "B/s"));
     if (b->fp8) printf("        product in fp8 %s\n", bench_quantity(b->rates.fp8, "FLOP/s"));
-    double limit = print_limit(b, p);
+    double limit = limit_seconds(b, p);
+    print_limit(b, p, limit);
     printf("%-7s %.0f tok/s (%.0f tokens in %.1f s), %s of the model: MFU %.1f %% of what products sustain here", b->part, rate, tokens, seconds, bench_quantity(achieved, "FLOP/s"),
            100 * achieved / b->rates.product);
     if (sheet) printf(", %.1f %% of the data sheet's %s", 100 * achieved / sheet, bench_quantity(sheet, "FLOP/s"));

@@ -257,6 +257,28 @@ Test(shard, rounded_teacher)
     hostile(dir, cases, sizeof cases / sizeof *cases);
 }
 
+/* Blocks of such a teacher that stayed native are of the identity; a manifest that has none says nothing of them. */
+Test(shard, native_blocks)
+{
+    struct shard_manifest none = rounded(), m = none, back;
+    struct shard_writer *w;
+    m.native_first = 2;
+    m.native_last = 1;
+    char *all = dataset_new("all", &none), *ends = dataset_new("ends", &m);
+    size_t bytes;
+    char *path;
+    cr_assert(!strstr((char *)slurp(all, "manifest.json", &bytes, &path), "native_blocks"));
+    OK_OR_DIE(shard_manifest_read(ends, &back));
+    cr_assert(back.native_first == 2 && back.native_last == 1);
+    FAILS(shard_writer_open(&w, all, &m), ERR_MISMATCH, "native_blocks [0,0], this run has [2,1]");
+    FAILS(shard_writer_open(&w, ends, &none), ERR_MISMATCH, "native_blocks [2,1], this run has [0,0]");
+    static const struct forgery blocks[] = {
+        {"    2,\n    1\n", "    0,\n    0\n", "not both 0"}, {"    2,\n    1\n", "    2\n", "two numbers"}, {"    2,\n    1\n", "    2,\n    -1\n", "two numbers"}, {"    2,\n    1\n", "    2,\n    4097\n", "two numbers"},
+        {"    2,\n    1\n", "    2,\n    1.5\n", "two numbers"}, {"    2,\n    1\n", "    2,\n    1,\n    1\n", "two numbers"},
+    };
+    hostile(ends, blocks, sizeof blocks / sizeof *blocks);
+}
+
 /* ---- what a row must be ---- */
 
 Test(shard, rows_out_of_range)
