@@ -6,8 +6,8 @@
  *    cache: in flight it is 65 kB a row, 35 MB in all, and what streams past it is asked for as the first to be given up.
  * 2. The row streams through. A vector without a logit that reaches the floor adds 2^{c (t - floor)} of its logits to a running sum per temperature. Others are set aside by their warp, in shared
  *    memory, and opened at the end: what reaches the floor into the row's list in scratch, the rest into the sums. All exponents are <= 0, so no maximum has to be tracked.
- * The loop saves exponentials (16 a clock) and instructions: a temperature half of the one before in order takes the square of its exponential, and the exponent is one fused
- * multiply-add, t c - fl(floor c); what rounding floor c has shifted all terms by is taken back once.
+ * The loop saves exponentials (16 a clock) and instructions: temperatures whose inverses are small multiples of one number are powers of one exponential (of e^{t/6} the sixth, the third and the
+ * second are T = 1, 2, 3), and the exponent is one fused multiply-add, t c - fl(floor c); what rounding floor c has shifted all terms by is taken back once.
  * A row whose list overflows (long runs of equal logits, sorted rows) or whose rest vanishes beside the floor is done again from memory, at once: radix selection of the K-th (logit, id), then
  * sums relative to the rest's own maximum.
  *
@@ -239,8 +239,27 @@ template <typename T, int W> __device__ __forceinline__ packed<T, W> load_last(c
     } else return load_packed<T, W>(p);
 }
 
-/* T0: the slot of the first temperature, -1: whichever the shape says. Bit i of SQUARES: slot i takes the square of slot i - 1. total[SLOTS] of a part: the sum of 2^e times e at T0; where T0's slot is a square, e is its root's exponent. */
-template <typename T, int W, int SLOTS, int SQUARES, int T0>
+/* u^P; what powers have in common is computed once */
+template <int P> __device__ __forceinline__ float power(float u)
+{
+    if constexpr (P == 1) return u;
+    else if constexpr (P % 2) return power<P - 1>(u) * u;
+    else {
+        float half = power<P / 2>(u);
+        return half * half;
+    }
+}
+
+/* y of the slots from K on that are powers of u */
+template <int SLOTS, int POWERS, int K = 0> __device__ __forceinline__ void powers_of(float u, float (&y)[SLOTS])
+{
+    constexpr int p = power_of(POWERS, K);
+    if constexpr (p > 0) y[K] = power<p>(u);
+    if constexpr (K + 1 < SLOTS) powers_of<SLOTS, POWERS, K + 1>(u, y);
+}
+
+/* T0: the slot of the first temperature, -1: whichever the shape says. POWERS: as in targets_shape. total[SLOTS] of a part: the sum of 2^e times e at T0; where T0's slot is a power, e is the root's exponent. */
+template <typename T, int W, int SLOTS, int POWERS, int T0>
 __global__ void __launch_bounds__(THREADS, BLOCKS) stream_kernel(row_part *parts, unsigned long long *lists, const T *__restrict__ logits, const __grid_constant__ targets_shape shape, int64_t V, int Vv)
 {
     extern __shared__ __align__(16) unsigned char memory[];
@@ -300,15 +319,20 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) stream_kernel(row_part *parts
     /* 2: the stream */
     int kept = 0;
     float sum[SLOTS + 1] = {}, shift[SLOTS];
+    const float root_shift = floor * shape.root_c;
     #pragma unroll
-    for (int k = 0; k < SLOTS; k++) shift[k] = SQUARES >> k & 1 ? 2 * shift[k - 1] : floor * shape.c[k];
+    for (int k = 0; k < SLOTS; k++) shift[k] = floor * shape.c[k];
     auto add = [&](float t) {                               /* NaN too, which reaches nothing */
-        float y[SLOTS], e = 0, y0 = 0, e0 = 0;
+        float y[SLOTS], root = 0, y0 = 0, e0 = 0;
         t = finite<T, W>(t);
+        if (POWERS) {
+            root = fmaf(t, shape.root_c, -root_shift);
+            powers_of<SLOTS, POWERS>(exp2_fast(root), y);
+        }
         #pragma unroll
         for (int k = 0; k < SLOTS; k++) {
-            if (SQUARES >> k & 1) y[k] = y[k - 1] * y[k - 1];
-            else {
+            float e = root;
+            if (!power_of(POWERS, k)) {
                 e = fmaf(t, shape.c[k], -shift[k]);
                 y[k] = exp2_fast(e);
             }
@@ -387,31 +411,47 @@ __global__ void __launch_bounds__(256) scaled_logits_kernel(uint16_t *full, cons
     for (int64_t n = blockIdx.y; n < R; n += gridDim.y) full[n * Vv + j] = __half_as_ushort(__float2half_rn(to_float(logits[n * V + j]) * inv_T0));
 }
 
-/* Slots in falling order of temperature, `total` of them. */
-static void shape_slots(targets_shape *s, const float *T, int total)
+/* Slots in falling order of temperature, `total` of them, and T in that order */
+static void shape_slots(targets_shape *s, float *T, int total)
 {
     int order[MAX_T + 1];
+    float listed[MAX_T + 1];
     for (int i = 0; i < total; i++) {
         int at = i;
         for (; at > 0 && T[order[at - 1]] < T[i]; at--) order[at] = order[at - 1];
         order[at] = i;
+        listed[i] = T[i];
     }
     s->slots = total;
     for (int k = 0; k < total; k++) {
         s->slot_of[order[k]] = k;
-        s->inv_T[k] = 1 / T[order[k]];
+        T[k] = listed[order[k]];
+        s->inv_T[k] = 1 / T[k];
         s->c[k] = s->inv_T[k] * LOG2E;
-        if (k && T[order[k - 1]] == 2 * T[order[k]]) s->squares |= 1 << k;
     }
+}
+
+/* Whether the temperatures of the slots, T, are in the ratios of these powers; if so, the shape has them. */
+static bool take_powers(targets_shape *s, const float *T, int powers)
+{
+    double root = 0;
+    for (int k = 0; k < s->slots; k++) {
+        double mine = (double)T[k] * power_of(powers, k);
+        if (mine && root && mine != root) return false;
+        if (mine) root = mine;
+    }
+    s->powers = powers;
+    s->root_c = root ? (float)(LOG2E / root) : 0;
+    return true;
 }
 
 /* ---- launchers ---- */
 
-struct launch_args { const targets_out *out; row_part *parts; unsigned long long *lists; const act *logits; const int32_t *labels; const targets_shape *shape; int64_t R, V, Vv; };
+struct launch_args { const targets_out *out; row_part *parts; unsigned long long *lists; const act *logits; const int32_t *labels; targets_shape *shape; const float *T; int64_t R, V, Vv; };
 
-template <typename T, int W, int SLOTS, int SQUARES, int T0> static void launch(struct backend *be, const launch_args &a)
+template <typename T, int W, int SLOTS, int POWERS, int T0> static void launch(struct backend *be, const launch_args &a)
 {
-    auto stream = stream_kernel<T, W, SLOTS, SQUARES, T0>;
+    auto stream = stream_kernel<T, W, SLOTS, POWERS, T0>;
     const targets_shape &shape = *a.shape;
     struct cuda_state *state = cuda_state_of(be);
     size_t bytes = stream_bytes<T, W>(shape.aside), list_bytes = (size_t)shape.room * sizeof *a.lists;
@@ -420,31 +460,32 @@ template <typename T, int W, int SLOTS, int SQUARES, int T0> static void launch(
     CUDA_CHECK(cudaGetLastError());
     auto rank = [&](auto kernel, int threads, size_t with_list) {
         CUDA_CHECK(cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)with_list));
-        kernel<<<(unsigned)a.R, (unsigned)threads, with_list, state->stream>>>(*a.out, a.parts, a.lists, (const T *)a.logits, a.labels, shape, SLOTS, SQUARES, a.V, (int)a.Vv);
+        kernel<<<(unsigned)a.R, (unsigned)threads, with_list, state->stream>>>(*a.out, a.parts, a.lists, (const T *)a.logits, a.labels, shape, SLOTS, a.V, (int)a.Vv);
         CUDA_CHECK(cudaGetLastError());
     };
     if (shape.K <= 64) rank(rank_kernel<T, 64>, rank_shared<64>::BLOCK, sizeof(rank_shared<64>) + list_bytes);
     else rank(rank_kernel<T, MAX_K>, rank_shared<MAX_K>::BLOCK, sizeof(rank_shared<MAX_K>) + list_bytes);
 }
 
-/* In bf16, which dumps are made in, up to three temperatures, of which the first is the lowest, have kernels of their own. */
+/* The first of the kernels for SLOTS temperatures, of which the first is the lowest, that these are fit for */
+template <int SLOTS, int POWERS, int... MORE> static void by_powers(struct backend *be, const launch_args &a)
+{
+    if (take_powers(a.shape, a.T, POWERS)) launch<bf16, vector_width<bf16>(), SLOTS, POWERS, SLOTS - 1>(be, a);
+    else if constexpr (sizeof...(MORE) > 0) by_powers<SLOTS, MORE...>(be, a);
+}
+
+/* In bf16, which dumps are made in, up to three temperatures have kernels of their own: T = 1, 2, 4; 1, 2, 3; 1, 1.5, 2; 1, 2, 5; and what is like them. */
 static void by_slots(struct backend *be, const launch_args &a)
 {
-    typedef bf16 T;
-    constexpr int W = vector_width<T>();
-    const targets_shape &shape = *a.shape;
-    bool lowest = shape.slot_of[0] == shape.slots - 1;
-    switch (shape.slots > 3 ? 0 : lowest ? shape.slots * 8 + shape.squares : shape.slots) {
-    case 8:      launch<T, W, 1, 0, 0>(be, a); break;
-    case 16:     launch<T, W, 2, 0, 1>(be, a); break;
-    case 16 + 2: launch<T, W, 2, 2, 1>(be, a); break;
-    case 24:     launch<T, W, 3, 0, 2>(be, a); break;
-    case 24 + 2: launch<T, W, 3, 2, 2>(be, a); break;
-    case 24 + 4: launch<T, W, 3, 4, 2>(be, a); break;
-    case 24 + 6: launch<T, W, 3, 6, 2>(be, a); break;
-    case 2:      launch<T, W, 2, 0, -1>(be, a); break;
-    case 3:      launch<T, W, 3, 0, -1>(be, a); break;
-    default:     launch<T, W, MAX_T + 1, 0, -1>(be, a);
+    constexpr int W = vector_width<bf16>();
+    bool lowest = a.shape->slot_of[0] == a.shape->slots - 1;
+    switch (a.shape->slots > 3 ? 0 : lowest ? a.shape->slots : -a.shape->slots) {
+    case 1:  by_powers<1, 0>(be, a); break;
+    case 2:  by_powers<2, 0x21, 0x32, 0x31, 0>(be, a); break;
+    case 3:  by_powers<3, 0x421, 0x632, 0x643, 0xa52, 0x021, 0x210, 0>(be, a); break;
+    case -2: launch<bf16, W, 2, 0, -1>(be, a); break;
+    case -3: launch<bf16, W, 3, 0, -1>(be, a); break;
+    default: launch<bf16, W, MAX_T + 1, 0, -1>(be, a);
     }
 }
 
@@ -503,7 +544,7 @@ extern "C" void cuda_teacher_targets(struct backend *be, const struct teacher_ta
         if (o.padding_mass) o.padding_mass += first;
         DISPATCH(be->act_dtype, E,
             constexpr int W = vector_width<E>();
-            launch_args a = {&o, (row_part *)(void *)scratch, lists, (const act *)((const E *)logits + first * V), labels ? labels + first : NULL, &shape, least(rows, R - first), V, Vv};
+            launch_args a = {&o, (row_part *)(void *)scratch, lists, (const act *)((const E *)logits + first * V), labels ? labels + first : NULL, &shape, T, least(rows, R - first), V, Vv};
             bool wide = V % W == 0 && aligned16(logits);
             if (wide && sizeof(E) == 2) by_slots(be, a);
             else if (wide) launch<E, W, MAX_T + 1, 0, -1>(be, a);

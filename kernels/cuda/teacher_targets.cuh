@@ -6,16 +6,20 @@
 
 enum { MAX_K = 256, MAX_T = 8 };
 
-/* A slot per temperature, the largest first; one more for the padding's mass where T = 1 is not listed. Bit i of `squares`: slot i is half of slot i - 1. */
+/* A slot per temperature, the largest first; one more for the padding's mass where T = 1 is not listed. */
 struct targets_shape {
-    int nT, slots, squares, K, slot_of[MAX_T + 1], unit_slot;
+    int nT, slots, K, slot_of[MAX_T + 1], unit_slot;
+    int powers;                                             /* slot k's exponentials are the power_of(powers, k)-th powers of 2^{root_c t}; where that is 0, exponentials of their own */
+    float root_c;
     int aside, room;                                        /* vectors that a warp of the first kernel sets aside; entries of a row's list */
     float inv_T[MAX_T + 1], c[MAX_T + 1];                   /* by slot; c = log2(e) / T */
     bool entropy;
 };
+__host__ __device__ constexpr int power_of(int powers, int slot) { return slot < 8 ? powers >> 4 * slot & 15 : 0; }
+
 struct targets_out { int32_t *head_ids; float *head_logprob, *lse, *tail_logmass, *entropy, *label_logprob, *padding_mass; };
 
-/* What the first kernel leaves of a row, beside its list: sums over all that is below the floor. again: of 2^{c (t - floor)}, the last of them of (t - floor) 2^{c (t - floor)}; else still of 2^{t c - shift}. */
+/* What the first kernel leaves of a row, beside its list: sums over all that is below the floor. again: of 2^{c (t - floor)}, the last of them of (t - floor) 2^{c (t - floor)}; else still of 2^{t c - fl(floor c)}. */
 struct row_part { double total[MAX_T + 2]; float floor; int count; bool again; };
 
 /* An entry of a list: larger logits first, of equal ones the lower id */

@@ -148,10 +148,10 @@ __device__ __forceinline__ double exp_short(double x)
 /* 2^x for what rounding leaves: |x| far below 1 */
 __device__ __forceinline__ double exp2_residue(double x) { double u = x * 0.6931471805599453; return 1 + u * (1 + u * (1 / 2.0 + u * (1 / 6.0))); }
 
-/* ran_slots, ran_squares: SLOTS and SQUARES of the first kernel */
+/* ran_slots: SLOTS of the first kernel */
 template <typename T, int MOST>
 __global__ void __launch_bounds__(rank_shared<MOST>::BLOCK) rank_kernel(targets_out out, const row_part *parts, const unsigned long long *lists, const T *__restrict__ logits, const int32_t *labels,
-                                                                         const __grid_constant__ targets_shape shape, int ran_slots, int ran_squares, int64_t V, int Vv)
+                                                                         const __grid_constant__ targets_shape shape, int ran_slots, int64_t V, int Vv)
 {
     constexpr int BLOCK = rank_shared<MOST>::BLOCK;
     extern __shared__ __align__(16) unsigned char memory[];
@@ -165,17 +165,13 @@ __global__ void __launch_bounds__(rank_shared<MOST>::BLOCK) rank_kernel(targets_
     for (int k = threadIdx.x; k < count; k += BLOCK) list[k] = lists[n * shape.room + k];
     float label_logit = threadIdx.x == 0 && out.label_logprob && labels[n] >= 0 ? to_float(row[labels[n]]) : 0;
     if (threadIdx.x == 0) {
-        /* from 2^{t c - shift} to 2^{c (t - floor)}, and from exponents to logits; a square's root carries its exponent halved */
-        double root = 0, unit = 1;
-        float shift = 0;
+        /* from 2^{t c - fl(floor c)}, or a power of that, to 2^{c (t - floor)}, and from exponents to logits */
         for (int k = 0; k < shape.slots; k++) {
-            bool square = ran_squares >> k & 1;
-            shift = square ? 2 * shift : floor * shape.c[k];
-            double by = part.again ? 0 : (double)floor * shape.c[k] - shift, total = part.total[k];
-            if (square) unit *= 2;
-            else { root = by; unit = 1; }
-            if (k == T0_slot) s.total[MAX_T + 1] = part.again ? part.total[MAX_T + 1] : unit * (part.total[ran_slots] - root * total) / shape.c[k] * exp2_residue(-by);
-            s.total[k] = total * exp2_residue(-by);
+            int p = power_of(shape.powers, k), times = p ? p : 1;
+            float c = p ? shape.root_c : shape.c[k];
+            double by = part.again ? 0 : (double)floor * c - floor * c, total = part.total[k];
+            if (k == T0_slot) s.total[MAX_T + 1] = part.again ? part.total[MAX_T + 1] : times * (part.total[ran_slots] - by * total) / shape.c[k] * exp2_residue(-times * by);
+            s.total[k] = total * exp2_residue(-times * by);
         }
     }
     if (out.padding_mass) {
