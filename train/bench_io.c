@@ -1,6 +1,6 @@
 /* distill bench io: what the disk side of a run costs. Shards are sealed by the writer and read into batches by the loader, a checkpoint is loaded onto the device;
  * beside each, on the same disk and in the same run, a plain program writes and syncs, or reads, the same bytes. A rate per core is over the CPU time of the whole
- * process. "Cold" is after the kernel was asked to forget the files, "warm" the read after that. */
+ * process. "Cold" is after the kernel was asked to forget the files, "warm" the reads after that. */
 #include <fcntl.h>
 #include <math.h>
 #include <omp.h>
@@ -18,7 +18,7 @@
 #include "train/progress.h"
 
 enum { POSITIONS = 64, PIECE = 8 << 20, TURNS = 3 };     /* a row repeats so many positions of a teacher; plain reads and writes go in such pieces; a checkpoint is loaded so often */
-static const size_t MOST_SHARD = (size_t)512 << 20;
+static const size_t MOST_SHARD = (size_t)512 << 20, LINK = (size_t)64 << 20;
 
 struct span { double wall, cpu; };            /* a point in time, or what has passed */
 
@@ -372,6 +372,24 @@ static int fill(void *context, const struct tensor_spec *spec, size_t offset, si
     return OK;
 }
 
+/* Seconds per byte from pinned host memory to the device, the best of a few turns; 0: the device's memory is the host's. */
+static double link_seconds(struct backend *be, void *device, size_t bytes)
+{
+    void *host = be->host_memory ? NULL : be->ops->alloc_host(be, bytes);
+    double best = 0;
+    if (!host) return 0;
+    memset(host, 1, bytes);
+    for (int turn = 0; turn < 2 * TURNS; turn++) {
+        double start = now_seconds(), s;
+        be->ops->upload(be, device, host, bytes);
+        be->ops->sync(be);
+        s = now_seconds() - start;
+        best = turn ? fmin(best, s) : s;
+    }
+    be->ops->release_host(be, host);
+    return best / (double)bytes;
+}
+
 static int bench_checkpoint(struct bench *b, const char *dir)
 {
     struct params *params = NULL;
@@ -384,7 +402,7 @@ static int bench_checkpoint(struct bench *b, const char *dir)
     char *path = path_join(dir, "model"), **names = NULL;
     uint16_t *pool = xmalloc(PIECE);
     int rc = OK, n_names = 0, threads = omp_get_num_procs() < 16 ? omp_get_num_procs() : 16;
-    double plain[2], load[2], cached = 0, most = b->c->bench_checkpoint_gib > 0 ? b->c->bench_checkpoint_gib * 0x1p30 : fmax(b->c->bench_seconds, 0.1) * 200e6;      /* [cold, warm] */
+    double plain[2] = {INFINITY, INFINITY}, load[2] = {INFINITY, INFINITY}, link, cached = 0, most = b->c->bench_checkpoint_gib > 0 ? b->c->bench_checkpoint_gib * 0x1p30 : fmax(b->c->bench_seconds, 0.1) * 200e6;      /* [cold, warm] */
     while (config.n_layers > 1 && 2.0 * (double)model_config_parameters(&config) > most) config.n_layers--;
     params = params_new(&config);
     #pragma omp parallel for
@@ -402,29 +420,31 @@ static int bench_checkpoint(struct bench *b, const char *dir)
     TRY(memory_commit(plan, 0));
     printf("checkpoint  %d of %d layers in bf16, %s in %d files; %d threads\n", config.n_layers, b->all_layers, bench_quantity((double)files.total, "B"), files.n, threads);
     fflush(stdout);
-    for (int turn = 0; turn < TURNS; turn++)
-        for (int warm = 0; warm < 2; warm++) {
-            double seconds, start;
-            if (!warm) forget(&files);
-            if (!warm) cached = fmax(cached, cached_share(&files));
-            TRY(plain_read(&files, threads, &seconds));
-            plain[warm] = turn ? fmin(plain[warm], seconds) : seconds;
-            if (!warm) forget(&files);
-            start = now_seconds();
-            TRY(tensor_set_open(&set, path));
-            TRY(weights_load(params, b->be, &home, set, path, NULL));
-            seconds = now_seconds() - start;
-            load[warm] = turn ? fmin(load[warm], seconds) : seconds;
-            tensor_set_close(set);
-            set = NULL;
-        }
-    printf("  cold: after fsync and posix_fadvise(DONTNEED), which left %.1f %% of the bytes in the page cache; the best of %d turns each\n", 100 * cached, TURNS);
+    link = link_seconds(b->be, home.device, (size_t)home.layout.total < LINK ? (size_t)home.layout.total : LINK);
+    /* Warm twice a turn: pages that are read for the second time ever are sorted anew by the kernel, which takes longer than reading them. */
+    for (int turn = 0; turn < 3 * TURNS; turn++) {
+        bool warm = turn % 3;
+        double seconds, start;
+        if (!warm) forget(&files);
+        if (!warm) cached = fmax(cached, cached_share(&files));
+        TRY(plain_read(&files, threads, &seconds));
+        plain[warm] = fmin(plain[warm], seconds);
+        if (!warm) forget(&files);
+        start = now_seconds();
+        TRY(tensor_set_open(&set, path));
+        TRY(weights_load(params, b->be, &home, set, path, NULL));
+        load[warm] = fmin(load[warm], now_seconds() - start);
+        tensor_set_close(set);
+        set = NULL;
+    }
+    printf("  cold: after fsync and posix_fadvise(DONTNEED), which left %.1f %% of the bytes in the page cache; the best of %d turns\n", 100 * cached, TURNS);
+    if (link > 0) printf("  from pinned memory to the device %s\n", bench_quantity(1 / link, "B/s"));
     for (int warm = 0; warm < 2; warm++) {
         static const char *const figures[] = {"checkpoint load cold", "checkpoint load warm"};
-        double bytes = (double)files.total;
-        printf("  load %s              %s; plain parallel reads %s: %.1f %% of it\n", warm ? "warm" : "cold", bench_quantity(bytes / load[warm], "B/s"), bench_quantity(bytes / plain[warm], "B/s"),
-               100 * plain[warm] / load[warm]);
-        bench_figure_more(b, figures[warm], bytes / load[warm], "B/s", "plain_bytes_per_second", bytes / plain[warm], "share_of_plain", plain[warm] / load[warm]);
+        double bytes = (double)files.total, least = fmax(plain[warm], bytes * link);
+        printf("  load %s              %s; plain parallel reads %s: %.1f %% of %s\n", warm ? "warm" : "cold", bench_quantity(bytes / load[warm], "B/s"),
+               bench_quantity(bytes / plain[warm], "B/s"), 100 * least / load[warm], link > 0 ? "the slower of these and that copy" : "them");
+        bench_figure_more(b, figures[warm], bytes / load[warm], "B/s", "plain_bytes_per_second", bytes / plain[warm], "share_of_limit", least / load[warm]);
     }
 out:
     tensor_set_close(set);

@@ -1,4 +1,4 @@
-/* See weights.h. A checkpoint is cut into pieces of a few MiB, in the order of its files. Every thread takes the next piece, reads it, into pinned memory where nothing is to be
+/* See weights.h. A checkpoint is cut into pieces of a MiB, in the order of its files. Every thread takes the next piece, reads it, into pinned memory where nothing is to be
  * converted, and starts its copy; with two buffers a thread it reads the next one meanwhile. What the host can write itself, streamed blocks and the
  * weights of a backend whose memory is the host's, is read or converted where it stays. */
 #include "train/weights.h"
@@ -12,7 +12,7 @@
 #include "base/fp8.h"
 #include "base/half.h"
 
-enum { PIECE = 8 << 20, MOST_THREADS = 16, ALIGNMENT = 256 };
+enum { PIECE = 1 << 20, MOST_THREADS = 16, ALIGNMENT = 256 };
 
 /* ---- layout ---- */
 
@@ -72,7 +72,7 @@ struct weight_files {
     const struct tensor_set *set;
     int64_t width;                                           /* of the device's elements */
     struct piece *list; int64_t n, room;                     /* in the order of the files */
-    int threads; void *buffer[MOST_THREADS][2];
+    int threads; char *buffers;                              /* PIECE bytes each, two a thread */
 };
 
 static int param_at(const struct params *t, int64_t offset)
@@ -196,11 +196,10 @@ int weight_files_open(struct weight_files **out, const struct params *t, struct 
     qsort(f->list, (size_t)f->n, sizeof *f->list, by_place);
     f->threads = omp_get_num_procs() < MOST_THREADS ? omp_get_num_procs() : MOST_THREADS;
     if (f->n < f->threads) f->threads = (int)f->n;
-    for (int i = 0; i < 2 * f->threads && !be->host_memory; i++)
-        if (!(f->buffer[i / 2][i % 2] = be->ops->alloc_host(be, PIECE))) {
-            rc = fail(ERR_IO, "device %s: no host memory for the buffers that weights are loaded through (%d MiB)", be->name, 2 * f->threads * (PIECE >> 20));
-            goto out;
-        }
+    if (!be->host_memory && !(f->buffers = be->ops->alloc_host(be, (size_t)(2 * f->threads) * PIECE))) {
+        rc = fail(ERR_IO, "device %s: no host memory for the buffers that weights are loaded through (%d MiB)", be->name, 2 * f->threads * (PIECE >> 20));
+        goto out;
+    }
     *out = f;
     f = NULL;
 out:
@@ -211,7 +210,7 @@ out:
 void weight_files_close(struct weight_files *f)
 {
     if (!f) return;
-    for (int i = 0; i < 2 * f->threads; i++) if (f->buffer[i / 2][i % 2]) f->be->ops->release_host(f->be, f->buffer[i / 2][i % 2]);
+    if (f->buffers) f->be->ops->release_host(f->be, f->buffers);
     free(f->list);
     free(f);
 }
@@ -230,7 +229,7 @@ int weight_files_read(struct weight_files *f, int layer)
         for (int64_t i = 0; i < f->n; i++) {
             if (layer != WEIGHTS_ALL && f->table->p[f->list[i].param].layer != layer) continue;
             if (busy[turn]) be->ops->wait_mark(be, 2 * me + turn);
-            rc = place(f, &f->list[i], f->buffer[me][turn], raw, &busy[turn]);
+            rc = place(f, &f->list[i], f->buffers ? f->buffers + (size_t)(2 * me + turn) * PIECE : NULL, raw, &busy[turn]);
             if (rc == OK && !busy[turn]) continue;
             #pragma omp critical(weights_copy)
             if (rc == OK) {
