@@ -580,19 +580,61 @@ const struct tensor_view *tensor_set_find(const struct tensor_set *s, const char
     return e ? &e->view : NULL;
 }
 
-void tensor_set_hash(const struct tensor_set *s, char hex[65])
+enum { HASHED = 16 << 20, HASHED_READ = 1 << 20 };            /* bytes of a tensor that have a hash of their own; of a read */
+
+/* Bytes [from, from + n) of a tensor: their SHA-256 */
+static int hash_of_bytes(const struct tensor_set *s, const struct tensor_view *t, size_t from, size_t n, char *buffer, char hex[SHA256_HEX])
 {
+    const struct mapped_file *f = &s->files[t->file];
     struct sha256 *h = sha256_new();
-    for (int i = 0; i < s->n; i++) {   /* terminators and counts: no two sets give the same stream */
+    int rc = OK;
+    for (size_t done = 0; rc == OK && done < n; done += HASHED_READ) {
+        size_t bytes = n - done < HASHED_READ ? n - done : HASHED_READ;
+        rc = file_pread(f->fd, buffer, bytes, (const char *)t->data - (const char *)f->map + (int64_t)(from + done), f->path);
+        if (rc == OK) sha256_add(h, buffer, bytes);
+    }
+    sha256_hex(h, hex);
+    return rc;
+}
+
+int tensor_set_hash(const struct tensor_set *s, char hex[65])
+{
+    struct part { int tensor; size_t from; char hex[SHA256_HEX]; } *part;
+    int64_t parts = 0, made = 0;
+    int failed = OK;
+    char message[1024] = "";
+    for (int i = 0; i < s->n; i++) parts += (int64_t)((tensor_set_at(s, i)->bytes + HASHED - 1) / HASHED);
+    part = xmalloc((size_t)(parts + 1) * sizeof *part);
+    for (int i = 0; i < s->n; i++) for (size_t from = 0; from < tensor_set_at(s, i)->bytes; from += HASHED) part[made++] = (struct part){i, from, ""};
+    #pragma omp parallel
+    {
+        char *buffer = xmalloc(HASHED_READ);
+        #pragma omp for schedule(dynamic, 1)
+        for (int64_t p = 0; p < parts; p++) {
+            const struct tensor_view *t = tensor_set_at(s, part[p].tensor);
+            int rc = hash_of_bytes(s, t, part[p].from, t->bytes - part[p].from < HASHED ? t->bytes - part[p].from : HASHED, buffer, part[p].hex);
+            if (rc == OK) continue;
+            #pragma omp critical(tensor_set_hash)
+            if (failed == OK) {
+                failed = rc;
+                snprintf(message, sizeof message, "%s", fail_message());    /* a thread's own; the caller reads its thread's */
+            }
+        }
+        free(buffer);
+    }
+    struct sha256 *h = sha256_new();
+    for (int i = 0, p = 0; i < s->n; i++) {   /* terminators and counts: no two sets give the same stream */
         const struct tensor_view *v = tensor_set_at(s, i);
         int64_t n_dims = v->n_dims;
         sha256_add(h, v->name, strlen(v->name) + 1);
         sha256_add(h, dtype_name(v->dtype), strlen(dtype_name(v->dtype)) + 1);
         sha256_add(h, &n_dims, sizeof n_dims);
         sha256_add(h, v->shape, (size_t)v->n_dims * sizeof v->shape[0]);
-        sha256_add(h, v->data, v->bytes);
+        for (; p < parts && part[p].tensor == i; p++) sha256_add(h, part[p].hex, sizeof part[p].hex);
     }
     sha256_hex(h, hex);
+    free(part);
+    return failed == OK ? OK : fail(failed, "%s", message);
 }
 
 int tensor_read(const struct tensor_set *s, const struct tensor_view *t, int64_t first, int64_t count, void *out)

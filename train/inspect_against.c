@@ -177,12 +177,12 @@ static int64_t *choose_rows(struct shard_dataset *d, uint64_t seed, int64_t want
     return rows;
 }
 
-static void report_noise(struct report *r, const struct comparison *c, const struct inspect_options *o, int64_t rows, const struct noise_sums *s)
+/* weights: the hash of the model's */
+static void report_noise(struct report *r, const struct comparison *c, const struct inspect_options *o, int64_t rows, const char *weights, const struct noise_sums *s)
 {
-    char config[SHA256_HEX], weights[SHA256_HEX];
+    char config[SHA256_HEX];
     double n = (double)(s->n ? s->n : 1);
     model_config_hash(c->files->config, config);
-    tensor_set_hash(c->files->tensors, weights);
     bool known = *c->m->teacher_weights_hash, same = !strcmp(weights, c->m->teacher_weights_hash) && !strcmp(config, c->m->teacher_config_hash);
     report_section(r, "against", o->path);
     report_text(r, "model", "model", o->against);
@@ -209,6 +209,7 @@ int inspect_against(struct report *r, const struct inspect_options *o)
     struct comparison c = {0};
     struct noise_sums s = {0};
     int64_t *rows = NULL, n = 0;
+    char weights[SHA256_HEX];
     int rc = OK;
     TRY(shard_dataset_open(&d, o->path));
     TRY(comparison_open(&c, o, d));
@@ -219,7 +220,8 @@ int inspect_against(struct report *r, const struct inspect_options *o)
         compare_row(&c, rows[i], &s);
         if (!isfinite(s.label)) { rc = fail(ERR_NUMERIC, "row %lld: the logits of %s are not finite; look at it with distill inspect", (long long)rows[i], o->against); goto out; }
     }
-    report_noise(r, &c, o, n, &s);
+    TRY(tensor_set_hash(c.files->tensors, weights));
+    report_noise(r, &c, o, n, weights, &s);
 out:
     free(rows);
     comparison_close(&c);

@@ -257,7 +257,7 @@ static int report_weights(struct report *r, const struct model_files *f, const s
     params_each(t, add_tensor, &l);
     TRY(params_load(t, &be, NOWHERE, f->tensors, f->path, NULL));
     report_faults(r, &l);
-    tensor_set_hash(f->tensors, hash);
+    TRY(tensor_set_hash(f->tensors, hash));
     report_text(r, "hash", "hash of the weights", hash);
     if (l.nan || l.inf) rc = fail(ERR_NUMERIC, "%s: the weights hold %lld NaN and %lld Inf; restore them from where they came from", f->path,
                                   (long long)l.nan, (long long)l.inf);

@@ -2,6 +2,7 @@
  *     0   a whole file          1   the text of a header, with its length in front and data behind          2   an index of two files
  * Whatever opens is read to the end, with the scales that its names ask for: every view must lie in its mapping. */
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -37,7 +38,7 @@ static void read_all(const char *path)
     char hex[65];
     float values[64];
     if (tensor_set_open(&s, path) != OK) return;
-    tensor_set_hash(s, hex);
+    if (tensor_set_hash(s, hex) != OK) abort();             /* nothing but a disk that fails */
     /* as if config.json had said so: which of the kinds, and blocks of 1 to 16, by what the file holds */
     struct quantization q = {.scales = (enum scale_kind)(hex[0] & 3), .block_rows = 1 + (hex[1] & 15), .block_cols = 1 + (hex[2] & 15), .method = "fuzz"};
     bool bound = tensor_set_bind_scales(s, &q, path) == OK;
