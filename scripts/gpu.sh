@@ -94,7 +94,7 @@ for folder in $golden; do
 done
 wait
 benches=${BENCH:-0}
-[ "$benches" = 1 ] && benches="kernels:h200-7b kernels:h200-72b train:h200-7b train:h200-7b:train.matmul=fp8 train:h200-7b-block train:h200-3b-exact teacher:h200-72b teacher:h200-72b:teacher.precision=fp8 teacher:h200-72b-streamed io:h200-7b"
+[ "$benches" = 1 ] && benches="kernels:h200-7b kernels:h200-72b train:h200-7b train:h200-7b:train.matmul=fp8 train:h200-7b-block train:h200-3b-exact teacher:h200-72b teacher:h200-72b:teacher.precision=fp8 teacher:h200-72b-streamed teacher:h200-72b-streamed:teacher.weights=resident teacher:h200-72b-streamed:teacher.precision=fp8 teacher:h200-72b-streamed:teacher.precision=fp8:teacher.weights=resident io:h200-7b:bench.checkpoint_gib=8"
 if [ "$benches" != 0 ]; then
     : > "$build/bench.jsonl"
     for bench in $benches; do

@@ -42,6 +42,7 @@ void bench_figure_more(const struct bench *b, const char *figure, double value, 
     json_t *line = json_pack("{s:s, s:s, s:i, s:s, s:s, s:f, s:s}", "bench", b->part, "shape", b->shape, "layers", b->config->n_layers, "device",
                              b->be->description ? b->be->description : b->be->name, "figure", figure, "value", isfinite(value) ? value : -1.0, "unit", unit);
     CHECK(line, "a figure that is no JSON: %s", figure);
+    if (b->how) json_object_update(line, b->how);
     if (key2) json_object_set_new(line, key2, json_real(value2));
     if (key3) json_object_set_new(line, key3, json_real(value3));
     char *text = json_dumps(line, JSON_COMPACT | JSON_REAL_PRECISION(6));
@@ -70,7 +71,7 @@ static void table_figure(const struct bench *b, const char *prefix, const char *
 int bench_open(struct bench *b, const char *part, const struct config *c, const char *shape)
 {
     int rc = OK;
-    struct backend_options device = {.device = c->run_device, .threads = (int)c->run_threads, .deterministic = c->train_deterministic, .recipe = c->train_recipe};
+    struct backend_options device = {.device = c->run_device, .threads = (int)c->run_threads, .deterministic = c->train_deterministic, .exact_rows = !strcmp(part, "teacher"), .recipe = c->train_recipe};
     *b = (struct bench){.c = c, .part = part, .shape = shape};
     TRY(model_config_read(&b->config, shape));
     b->all_layers = b->config->n_layers;
@@ -89,6 +90,7 @@ void bench_close(struct bench *b)
 {
     backend_close(b->be);
     model_config_free(b->config);
+    json_decref(b->how);
 }
 
 int64_t bench_teacher_positions(const struct bench *b)
@@ -137,10 +139,11 @@ void bench_normals(struct backend *be, void *to, size_t bytes, float mean, float
     for (; done < bytes; done *= 2) be->ops->copy(be, (char *)to + done, to, bytes - done < done ? bytes - done : done);
 }
 
-struct batch *bench_batch(int64_t rows, int64_t length, int64_t V, int k, uint64_t stream)
+struct batch *bench_batch(int64_t rows, int64_t length, int64_t V, int k, bool samples, uint64_t stream)
 {
+    const double head = samples ? 1 : 0.95;                 /* its mass; the tail has the rest */
     struct shard_manifest m = {.kind = SHARD_TOPK, .k = k, .valid_vocab = (int32_t)V, .row_length = length, .rows = rows, .n_temperatures = 1, .temperatures = {1}};
-    struct batch *b = batch_new(rows, length, k ? &m : NULL, false);
+    struct batch *b = batch_new(rows, length, k ? &m : NULL, samples);
     uint32_t *tokens = xmalloc((size_t)length * sizeof *tokens);
     uint8_t *mask = xmalloc((size_t)length);
     uint16_t *document = xcalloc((size_t)length, sizeof *document);
@@ -158,7 +161,8 @@ struct batch *bench_batch(int64_t rows, int64_t length, int64_t V, int k, uint64
         uint32_t shift = philox4x32(13 + stream, 1, (uint64_t)i).v[0];
         for (int j = 0; j < k; j++) {
             b->head_ids[i * k + j] = (int32_t)(((int64_t)(j * stride) + shift) % V);
-            b->head_logprob[i * k + j] = (float)log(0.95 / (j + 1) / sum);
+            b->head_logprob[i * k + j] = (float)log(head / (j + 1) / sum);
+            if (samples) b->weight[i * k + j] = (float)(head / (j + 1) / sum);
         }
         b->tail_logmass[i] = logf(0.05f);
     }

@@ -22,6 +22,7 @@ struct bench {
     int fp8_blocks;                           /* of so many blocks; the others stay native */
     double free_before;                       /* bytes of the device, before the plan was committed */
     struct rates rates;
+    struct json_t *how;                       /* what a run was asked for: goes into every line of its figures; NULL: nothing */
 };
 
 /* What a token costs beside its layers: how it is run. */
@@ -50,7 +51,7 @@ void bench_report(const struct bench *b, const struct pass *p, double tokens, do
 /* Time by phase of `steps` steps that took `wall` seconds on a timed backend. */
 void bench_phases(const struct bench *b, struct backend *timed, int steps, double wall);
 
-/* One JSON line: part, shape, layers, device, figure, value, unit. */
+/* One JSON line: part, shape, layers, device, what is in `how`, figure, value, unit. */
 void bench_figure(const struct bench *b, const char *figure, double value, const char *unit);
 /* The same with two more numbers; a key of NULL: none. */
 void bench_figure_more(const struct bench *b, const char *figure, double value, const char *unit, const char *key2, double value2, const char *key3, double value3);
@@ -63,8 +64,8 @@ bool bench_wanted(const char *name, int n_words, char **words);  /* no words, or
 
 /* Normals of the device's type in `bytes` of its memory; a million different ones, which come round again: making them is slow on a CPU. */
 void bench_normals(struct backend *be, void *to, size_t bytes, float mean, float std, uint64_t seed);
-/* Rows of one document each, random tokens below V; with k > 0 a teacher's head of k distinct ids and its tail. `stream`: another batch. */
-struct batch *bench_batch(int64_t rows, int64_t length, int64_t V, int k, uint64_t stream);
+/* Rows of one document each, random tokens below V, and a teacher's k distinct ids: with `samples` they have weights, which sum to 1, and else a tail. `stream`: another batch. */
+struct batch *bench_batch(int64_t rows, int64_t length, int64_t V, int k, bool samples, uint64_t stream);
 /* A fresh directory under run.dir, and its end; run.dir goes too where it was not there before. */
 int  bench_dir_make(const struct config *c, char **dir, bool *made_run_dir);
 void bench_dir_remove(const struct config *c, char *dir, bool made_run_dir);

@@ -12,6 +12,7 @@
 #include "base/error.h"
 #include "base/file.h"
 #include "base/half.h"
+#include "base/hash.h"
 #include "base/rng.h"
 #include "data/loader.h"
 #include "train/bench.h"
@@ -402,7 +403,7 @@ static int bench_checkpoint(struct bench *b, const char *dir)
     char *path = path_join(dir, "model"), **names = NULL;
     uint16_t *pool = xmalloc(PIECE);
     int rc = OK, n_names = 0, threads = omp_get_num_procs() < 16 ? omp_get_num_procs() : 16;
-    double plain[2] = {INFINITY, INFINITY}, load[2] = {INFINITY, INFINITY}, link, cached = 0, most = b->c->bench_checkpoint_gib > 0 ? b->c->bench_checkpoint_gib * 0x1p30 : fmax(b->c->bench_seconds, 0.1) * 200e6;      /* [cold, warm] */
+    double plain[2] = {INFINITY, INFINITY}, load[2] = {INFINITY, INFINITY}, link, cached = 0, hash = INFINITY, most = b->c->bench_checkpoint_gib > 0 ? b->c->bench_checkpoint_gib * 0x1p30 : fmax(b->c->bench_seconds, 0.1) * 200e6;      /* [cold, warm] */
     while (config.n_layers > 1 && 2.0 * (double)model_config_parameters(&config) > most) config.n_layers--;
     params = params_new(&config);
     #pragma omp parallel for
@@ -434,6 +435,12 @@ static int bench_checkpoint(struct bench *b, const char *dir)
         TRY(tensor_set_open(&set, path));
         TRY(weights_load(params, b->be, &home, set, path, NULL));
         load[warm] = fmin(load[warm], now_seconds() - start);
+        if (turn % 3 == 2) {
+            char hex[SHA256_HEX];
+            start = now_seconds();
+            TRY(tensor_set_hash(set, hex));
+            hash = fmin(hash, now_seconds() - start);
+        }
         tensor_set_close(set);
         set = NULL;
     }
@@ -446,6 +453,8 @@ static int bench_checkpoint(struct bench *b, const char *dir)
                bench_quantity(bytes / plain[warm], "B/s"), 100 * least / load[warm], link > 0 ? "the slower of these and that copy" : "them");
         bench_figure_more(b, figures[warm], bytes / load[warm], "B/s", "plain_bytes_per_second", bytes / plain[warm], "share_of_limit", least / load[warm]);
     }
+    printf("  hashed, as before a dump, warm %s\n", bench_quantity((double)files.total / hash, "B/s"));
+    bench_figure(b, "checkpoint hash warm", (double)files.total / hash, "B/s");
 out:
     tensor_set_close(set);
     for (int i = 0; i < list.n; i++) free((char *)(void *)(uintptr_t)list.spec[i].name);

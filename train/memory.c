@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "base/error.h"
+#include "base/host_memory.h"
 
 enum { ALIGN = 256, MAX_ROWS = 32 };
 
@@ -72,16 +73,29 @@ size_t memory_total(const struct memory_plan *m)
     return total;
 }
 
+/* The largest row of the device, or of the host */
+static const struct row *largest_row(const struct memory_plan *m, bool on_host)
+{
+    const struct row *largest = NULL;
+    for (int i = 0; i < m->n_rows; i++) if (m->row[i].on_host == on_host && (!largest || m->row[i].bytes > largest->bytes)) largest = &m->row[i];
+    return largest;
+}
+
 int memory_check(const struct memory_plan *m, size_t limit)
 {
-    size_t total = memory_total(m);
-    int64_t available = m->be->ops->available(m->be);
+    size_t total = memory_total(m), host = 0;
+    int64_t available = m->be->ops->available(m->be), host_available = host_memory_available();
     if (!limit || (int64_t)limit > available) limit = (size_t)available;
-    const struct row *largest = &m->row[0];
-    for (int i = 1; i < m->n_rows; i++) if (!m->row[i].on_host && (largest->on_host || m->row[i].bytes > largest->bytes)) largest = &m->row[i];
-    if (total <= limit) return OK;
-    return fail(ERR_IO, "device %s: the run needs %.2f GiB and may use %.2f GiB; the largest part is %s with %.2f GiB: make %s smaller",
-                m->be->name, (double)total / 0x1p30, (double)limit / 0x1p30, largest->name, (double)largest->bytes / 0x1p30, largest->key);
+    for (int i = 0; i < m->n_rows; i++) if (m->row[i].on_host) host += m->row[i].bytes;
+    const struct row *largest = largest_row(m, false);
+    if (total > limit)
+        return fail(ERR_IO, "device %s: the run needs %.2f GiB and may use %.2f GiB; the largest part is %s with %.2f GiB: make %s smaller",
+                    m->be->name, (double)total / 0x1p30, (double)limit / 0x1p30, largest->name, (double)largest->bytes / 0x1p30, largest->key);
+    largest = largest_row(m, true);
+    if ((int64_t)host > host_available)                     /* else a container is killed, without a word, while it is pinned */
+        return fail(ERR_IO, "host memory: the run needs %.2f GiB that device %s can copy from, and %.2f GiB can be had; the largest part is %s with %.2f GiB: make %s smaller",
+                    (double)host / 0x1p30, m->be->name, (double)host_available / 0x1p30, largest->name, (double)largest->bytes / 0x1p30, largest->key);
+    return OK;
 }
 
 int memory_commit(struct memory_plan *m, size_t limit)

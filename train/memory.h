@@ -26,7 +26,7 @@ void memory_add_scratch(struct memory_plan *m, size_t bytes);
 
 /* What memory_commit() would refuse, without taking anything. */
 int  memory_check(const struct memory_plan *m, size_t limit_bytes);
-/* ERR_IO when the plan needs more than limit_bytes (0: what the device has now): names the largest row and its key. */
+/* ERR_IO when the plan needs more than limit_bytes (0: what the device has now), or more of the host than it has: names the largest row and its key. */
 int  memory_commit(struct memory_plan *m, size_t limit_bytes);
 size_t memory_total(const struct memory_plan *m);
 void memory_print(const struct memory_plan *m, FILE *f);  /* the table: row, GiB, share */

@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include "base/error.h"
+#include "base/host_memory.h"
 #include "kernels/cpu/cpu.h"
 #include "kernels/cpu/open.h"
 
@@ -16,17 +17,7 @@ static void *cpu_alloc(struct backend *be, size_t bytes)
 
 static void cpu_release(struct backend *be, void *p) { (void)be; free(p); }
 
-/* What the kernel says can be had without swapping; a container's own limit is not asked. */
-static int64_t cpu_available(struct backend *be)
-{
-    (void)be;
-    FILE *f = fopen("/proc/meminfo", "r");
-    char line[256];
-    long long kib = -1;
-    while (f && fgets(line, sizeof line, f)) if (sscanf(line, "MemAvailable: %lld kB", &kib) == 1) break;
-    if (f) fclose(f);
-    return kib >= 0 ? kib * 1024 : (int64_t)sysconf(_SC_AVPHYS_PAGES) * sysconf(_SC_PAGESIZE);
-}
+static int64_t cpu_available(struct backend *be) { (void)be; return host_memory_available(); }
 
 static void cpu_upload(struct backend *be, void *to, const void *from, size_t bytes) { (void)be; memcpy(to, from, bytes); }
 static void cpu_download(struct backend *be, void *to, const void *from, size_t bytes) { (void)be; memcpy(to, from, bytes); }

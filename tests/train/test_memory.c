@@ -148,6 +148,18 @@ Test(memory, the_table_has_every_row_and_the_total)
     memory_plan_free(NULL);
 }
 
+Test(memory, more_than_the_host_has)
+{
+    void *a, *b, *c;
+    struct memory_plan *m = memory_plan_new(&be);
+    memory_add(m, "weights", "the model", &a, 256);
+    memory_add_host(m, "targets of two batches", "dump.batch_rows", &b, 256);
+    memory_add_host(m, "blocks in host memory", "the model (teacher.precision: fp8 halves its blocks)", &c, (size_t)1 << 50);
+    cr_assert_eq(memory_commit(m, 0), ERR_IO);
+    cr_expect(strstr(fail_message(), "host memory") && strstr(fail_message(), "blocks in host memory with 1048576.00 GiB: make the model (teacher.precision"), "%s", fail_message());
+    memory_plan_free(m);
+}
+
 Test(memory, asking_after_the_commit_is_our_bug, .signal = SIGABRT)
 {
     void *a;
