@@ -263,6 +263,8 @@ struct backend {
     bool fp8;                           /* has the products in fp8 */
     int fp8_multiple;                   /* their widths, C and O, and K of what is rounded are multiples of this; N may be anything */
     int64_t fp8_widest;                 /* the longest row that is rounded; 0: any */
+    int widest_head;                    /* largest D of attention and q/k norm; 0: any */
+    int64_t widest_norm;                /* largest C of a norm: so many vectors of 16 bytes where C is whole vectors, else so many numbers; 0: any */
     bool host_memory;                   /* what alloc() gives is the host's own memory: it may write there itself */
     void *scratch; size_t scratch_bytes;/* set by the caller from its memory plan, at least ops->scratch_bytes() */
     void *state;                        /* the backend's own */

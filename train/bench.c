@@ -78,6 +78,7 @@ int bench_open(struct bench *b, const char *part, const struct config *c, const 
     if (c->bench_layers > b->all_layers) { rc = fail(ERR_USAGE, "bench.layers is %lld, %s has %d", (long long)c->bench_layers, shape, b->all_layers); goto out; }
     if (c->bench_layers) b->config->n_layers = (int)c->bench_layers;
     TRY(backend_open(&b->be, &device));
+    TRY(model_check_device(b->be, b->config, shape));
     printf("%s: %s, %d layers", part, shape, b->config->n_layers);
     if (b->config->n_layers < b->all_layers) printf(" of %d (bench.layers)", b->all_layers);
     printf(", on %s\n", b->be->description ? b->be->description : b->be->name);

@@ -139,6 +139,8 @@ static int open_case(struct check *c, const struct backend_options *options)
     if (k > c->teacher_files->config->vocab_size) { rc = fail(ERR_INPUT, "%s: topk is %lld, but the vocabulary has %lld ids", json, (long long)k, (long long)c->teacher_files->config->vocab_size); goto out; }
     TRY(read_batch(c));
     TRY(backend_open(&c->be, options));
+    TRY(model_check_device(c->be, c->teacher_files->config, c->teacher_files->path));
+    TRY(model_check_device(c->be, c->student_files->config, c->student_files->path));
 
     c->plan = memory_plan_new(c->be);
     struct model_options o = {.N = c->batch->n, .max_doc = c->batch->length, .head_rows = c->batch->n, .fp8 = c->fp8};

@@ -374,6 +374,7 @@ static int load_models(struct eval *e)
     TRY(backend_open(&e->be, &device));
     e->plan = memory_plan_new(e->be);
     for (int i = 0; i < e->n; i++) {
+        TRY(model_check_device(e->be, e->column[i].files->config, e->column[i].files->path));
         e->column[i].model = model_new(e->be, e->column[i].files->config, &o, e->plan);
         memory_add_scratch(e->plan, model_scratch_bytes(e->column[i].model, 0));
     }

@@ -206,6 +206,7 @@ static int load_model(struct generation *g)
     struct backend_options device = {.device = c->run_device, .threads = (int)c->run_threads};
     int rc = OK;
     TRY(backend_open(&g->be, &device));
+    TRY(model_check_device(g->be, g->files->config, g->files->path));
     g->plan = memory_plan_new(g->be);
     struct model_options o = {.N = g->prompt < PROMPT_CHUNK ? g->prompt : PROMPT_CHUNK, .max_doc = g->room, .head_rows = 1, .cache = true};
     g->model = model_new(g->be, g->files->config, &o, g->plan);

@@ -99,6 +99,7 @@ static int comparison_open(struct comparison *c, const struct inspect_options *o
         goto out;
     }
     TRY(backend_open(&c->be, &device));
+    TRY(model_check_device(c->be, config, o->against));
     c->plan = memory_plan_new(c->be);
     struct model_options options = {.N = c->m->row_length, .max_doc = c->m->row_length, .head_rows = CHUNK < c->m->row_length ? CHUNK : c->m->row_length, .fp8 = c->m->precision == PRECISION_FP8,
                                     .native_first = c->m->native_first, .native_last = c->m->native_last};

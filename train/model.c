@@ -265,17 +265,29 @@ int model_load_weights(struct model *m, const struct tensor_set *set, const char
     return rc;
 }
 
+int model_check_device(const struct backend *be, const struct model_config *c, const char *where)
+{
+    int64_t vector = 16 / (int64_t)dtype_width(be->act_dtype), C = c->hidden_size, widest = be->widest_norm * (C % vector ? 1 : vector);
+    if (be->widest_head && c->head_dim > be->widest_head)
+        return fail(ERR_USAGE, "%s: heads of %d numbers, and device %s has attention for at most %d; use device cpu", where, c->head_dim, be->name, be->widest_head);
+    if (widest && C > widest)
+        return fail(ERR_USAGE, "%s: hidden size %lld, and device %s normalises rows of at most %lld numbers%s; use device cpu", where, (long long)C, be->name, (long long)widest,
+                    C % vector ? " where they are no whole vectors of 16 bytes" : "");
+    return OK;
+}
+
 int model_check_fp8(const struct backend *be, const struct model_config *c, int native_first, int native_last, const char *key)
 {
+    bool train = strncmp(key, "teacher", 7) != 0;           /* gradients of what the last two multiply with are rounded too */
     int64_t heads = c->n_heads * c->head_dim, widths[] = {c->hidden_size, c->intermediate_size, heads, heads + 2 * c->n_kv_heads * c->head_dim, 2 * c->intermediate_size};
-    if (!be->fp8) return fail(ERR_USAGE, "%s is fp8, and device %s has no products in fp8 in this build; set it to native", key, be->name);
+    if (!be->fp8) return fail(ERR_USAGE, "%s is fp8, and device %s (%s) has no products in fp8, for which cuBLASLt has to be 12.9 or newer; install that or set it to native", key, be->name, be->description ? be->description : be->name);
     for (int i = 0; i < 5; i++) {
         if (widths[i] % be->fp8_multiple) return fail(ERR_USAGE, "%s is fp8, and device %s multiplies in fp8 only widths that are multiples of %d: the model has one of %lld; set it to native", key, be->name, be->fp8_multiple, (long long)widths[i]);
-        if (be->fp8_widest && widths[i] > be->fp8_widest) return fail(ERR_USAGE, "%s is fp8, and device %s rounds rows of at most %lld numbers: the model has one of %lld; set it to native", key, be->name, (long long)be->fp8_widest, (long long)widths[i]);
+        if (be->fp8_widest && widths[i] > be->fp8_widest && (train || i < 3)) return fail(ERR_USAGE, "%s is fp8, and device %s rounds rows of at most %lld numbers: the model has one of %lld; set it to native", key, be->name, (long long)be->fp8_widest, (long long)widths[i]);
     }
     if (native_first + native_last >= c->n_layers)
         return fail(ERR_USAGE, "%s is fp8, blocks that stay native are %d at the front and %d at the end, and the model has %d: none is left; lower %s.fp8_native_first or fp8_native_last", key, native_first, native_last,
-                    c->n_layers, strncmp(key, "train", 5) ? "teacher" : "train");
+                    c->n_layers, train ? "train" : "teacher");
     return OK;
 }
 

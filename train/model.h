@@ -83,6 +83,8 @@ struct model *model_new(struct backend *be, const struct model_config *c, const 
 void model_ready(struct model *m);        /* after the commit: fills the rotary table */
 void model_random_weights(struct model *m, uint64_t seed);      /* N(0, initializer_range) and so on: params_init */
 int  model_load_weights(struct model *m, const struct tensor_set *set, const char *where, const int *layer_of);   /* params_match's refusals. o.mapped: `set` stays open as long as m */
+/* ERR_USAGE: a model, `where`, with heads or rows that this device's kernels do not take. */
+int  model_check_device(const struct backend *be, const struct model_config *c, const char *where);
 /* ERR_USAGE: this device, or these widths on it, have no products in fp8, or no block is left for it; `key` asked for them. */
 int  model_check_fp8(const struct backend *be, const struct model_config *c, int native_first, int native_last, const char *key);
 /* To be called when a training model's weights were set or moved: rounds them to fp8. Does nothing without o.fp8. */

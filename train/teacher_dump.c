@@ -92,6 +92,7 @@ static int plan_memory(struct dump *d)
                              .native_first = (int)c->teacher_fp8_native_first, .native_last = (int)c->teacher_fp8_native_last};
     o.measure = o.fp8;
     memcpy(o.temperatures, d->temperatures, sizeof o.temperatures);
+    TRY(model_check_device(d->be, d->files->config, d->files->path));
     if (o.fp8) TRY(model_check_fp8(d->be, d->files->config, o.native_first, o.native_last, "teacher.precision"));
     d->pipeline = dump_pipeline_new(d->be, d->files->config, &o);
 out:

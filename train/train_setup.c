@@ -138,6 +138,7 @@ static int plan_memory(struct trainer *t)
     struct model_options o = {.N = N, .max_doc = t->row_length, .head_rows = c->train_chunk_tokens < N ? c->train_chunk_tokens : N, .train = true,
                               .recompute = choice(c->train_recompute, recompute), .fp8 = !strcmp(c->train_matmul, "fp8"),
                               .native_first = (int)c->train_fp8_native_first, .native_last = (int)c->train_fp8_native_last};
+    TRY(model_check_device(t->be, t->student->config, "the student"));
     if (o.fp8) TRY(model_check_fp8(t->be, t->student->config, o.native_first, o.native_last, "train.matmul"));
     struct adamw_args adamw = {.beta1 = c->optimizer_beta1, .beta2 = c->optimizer_beta2, .eps = c->optimizer_eps, .weight_decay = c->optimizer_weight_decay, .clip = c->optimizer_clip,
                                .seed = (uint64_t)c->run_seed};

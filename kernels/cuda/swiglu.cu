@@ -2,7 +2,7 @@
  *
  * In the activations' type: one vector of columns per thread.
  * Rounded to fp8, where the first byte needs the largest magnitude of the whole row: a block per row, and the row, packed as it would have been written, waits for it in shared memory.
- * Of the backward's rows at F = 18944 (76 KB) a multiprocessor has room for two there, of which one loads while the other is written; in registers, beside the loads in flight, for one by their count (no GPU has timed either).
+ * Of the backward's rows at F = 18944 (76 KB) a multiprocessor has room for two there, of which one loads while the other is written; in registers, beside the loads in flight, it would by their count have room for one.
  * Bytes a row, e of an activation: forward (2 e + 1) F, backward (3 e + 2) F; 2 e F and 4 e F less than through memory. */
 #include "kernels/cuda/fp8.cuh"
 
