@@ -103,11 +103,7 @@ static void unplan(struct dump_pipeline *p)
     p->run = NULL;
 }
 
-static bool fits(const struct dump_pipeline *p)
-{
-    int64_t available = p->be->ops->available(p->be), most = p->o.memory_limit && (int64_t)p->o.memory_limit < available ? (int64_t)p->o.memory_limit : available;
-    return (int64_t)memory_total(p->plan) <= most;
-}
+static bool fits(const struct dump_pipeline *p) { return memory_fits(p->plan, p->o.memory_limit); }
 
 /* The most rows up to `positions` that fit, by halves; false: not even one, which is what is planned then. */
 static bool plan_largest(struct dump_pipeline *p, const struct model_config *c, int64_t positions, bool streamed)

@@ -364,21 +364,43 @@ out:
     return rc;
 }
 
+/* stream: the teacher's blocks wait in host memory */
+static void plan_models(struct eval *e, bool stream)
+{
+    int64_t N = e->c->eval_batch_rows * e->row_length;
+    struct model_options o = {.N = N, .max_doc = e->row_length, .head_rows = e->c->train_chunk_tokens < N ? e->c->train_chunk_tokens : N};
+    e->plan = memory_plan_new(e->be);
+    for (int i = 0; i < e->n; i++) {
+        o.layer_slots = stream && e->teacher && i == 0 ? 2 : 0;
+        e->column[i].model = model_new(e->be, e->column[i].files->config, &o, e->plan);
+        memory_add_scratch(e->plan, model_scratch_bytes(e->column[i].model, 0));
+    }
+}
+
+static void unplan_models(struct eval *e)
+{
+    for (int i = 0; i < e->n; i++) {
+        model_free(e->column[i].model);
+        e->column[i].model = NULL;
+    }
+    memory_plan_free(e->plan);
+    e->plan = NULL;
+}
+
 static int load_models(struct eval *e)
 {
     const struct config *c = e->c;
     struct backend_options device = {.device = c->run_device, .threads = (int)c->run_threads};
+    size_t limit = (size_t)(c->memory_limit_gib * 0x1p30);
     int rc = OK;
-    int64_t N = c->eval_batch_rows * e->row_length;
-    struct model_options o = {.N = N, .max_doc = e->row_length, .head_rows = c->train_chunk_tokens < N ? c->train_chunk_tokens : N};
     TRY(backend_open(&e->be, &device));
-    e->plan = memory_plan_new(e->be);
-    for (int i = 0; i < e->n; i++) {
-        TRY(model_check_device(e->be, e->column[i].files->config, e->column[i].files->path));
-        e->column[i].model = model_new(e->be, e->column[i].files->config, &o, e->plan);
-        memory_add_scratch(e->plan, model_scratch_bytes(e->column[i].model, 0));
+    for (int i = 0; i < e->n; i++) TRY(model_check_device(e->be, e->column[i].files->config, e->column[i].files->path));
+    plan_models(e, !strcmp(c->teacher_weights, "streamed"));
+    if (!strcmp(c->teacher_weights, "auto") && e->teacher && !e->be->host_memory && !memory_fits(e->plan, limit)) {
+        unplan_models(e);
+        plan_models(e, true);
     }
-    TRY(memory_commit(e->plan, (size_t)(c->memory_limit_gib * 0x1p30)));
+    TRY(memory_commit(e->plan, limit));
     for (int i = 0; i < e->n; i++) {
         model_ready(e->column[i].model);
         TRY(model_files_load(e->column[i].files, e->column[i].model));

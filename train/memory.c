@@ -73,6 +73,14 @@ size_t memory_total(const struct memory_plan *m)
     return total;
 }
 
+static size_t limit_now(const struct memory_plan *m, size_t limit)
+{
+    int64_t available = m->be->ops->available(m->be);
+    return !limit || (int64_t)limit > available ? (size_t)available : limit;
+}
+
+bool memory_fits(const struct memory_plan *m, size_t limit) { return memory_total(m) <= limit_now(m, limit); }
+
 /* The largest row of the device, or of the host */
 static const struct row *largest_row(const struct memory_plan *m, bool on_host)
 {
@@ -84,8 +92,8 @@ static const struct row *largest_row(const struct memory_plan *m, bool on_host)
 int memory_check(const struct memory_plan *m, size_t limit)
 {
     size_t total = memory_total(m), host = 0;
-    int64_t available = m->be->ops->available(m->be), host_available = host_memory_available();
-    if (!limit || (int64_t)limit > available) limit = (size_t)available;
+    int64_t host_available = host_memory_available();
+    limit = limit_now(m, limit);
     for (int i = 0; i < m->n_rows; i++) if (m->row[i].on_host) host += m->row[i].bytes;
     const struct row *largest = largest_row(m, false);
     if (total > limit)

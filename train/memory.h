@@ -29,6 +29,7 @@ int  memory_check(const struct memory_plan *m, size_t limit_bytes);
 /* ERR_IO when the plan needs more than limit_bytes (0: what the device has now), or more of the host than it has: names the largest row and its key. */
 int  memory_commit(struct memory_plan *m, size_t limit_bytes);
 size_t memory_total(const struct memory_plan *m);
+bool memory_fits(const struct memory_plan *m, size_t limit_bytes);   /* on the device: for a choice between plans */
 void memory_print(const struct memory_plan *m, FILE *f);  /* the table: row, GiB, share */
 /* Row i of the table -> its name and bytes; false: there are fewer. */
 bool memory_row(const struct memory_plan *m, int i, const char **name, size_t *bytes);

@@ -35,7 +35,7 @@ const struct option options[] = {
     SWITCH("run.resume", run_resume, "false", T, "go on from the last checkpoint in run.dir, as --resume does"),
 
     TEXT  ("teacher.path", teacher_path, "", D | T | E | B | I, "Hugging Face directory of the teacher"),
-    CHOICE("teacher.weights", teacher_weights, "auto", "auto|resident|streamed", D | B,
+    CHOICE("teacher.weights", teacher_weights, "auto", "auto|resident|streamed", D | E | B,
            "streamed: blocks wait in host memory and come onto the device one after another while it computes; auto: streamed where the device cannot hold them all"),
     CHOICE("teacher.precision", teacher_precision, "native", "native|fp8", D | B,
            "fp8: the matrices of the blocks, and what they multiply, are rounded to e4m3 with a scale per row; native: the device's type (cpu fp32, cuda bf16)"),

@@ -26,6 +26,9 @@ for key in loss top1 top5 bits_per_byte perplexity confidence calibration_error 
 done
 e --set eval.json=- >stdout.json 2>table.txt
 head -c 1 stdout.json | grep -q '{' && grep -q 'perplexity' table.txt || fail "eval.json=-: $(head -2 stdout.json)"
+# a teacher whose blocks are streamed: the same numbers
+e --set eval.json=resident.json >/dev/null && e --set eval.json=streamed.json --set teacher.weights=streamed >table.txt || fail "streamed: $(cat table.txt)"
+cmp resident.json streamed.json || fail "a streamed teacher has other numbers"
 e --set eval.max_rows=2 --set eval.json=eval.json >/dev/null && near "$(number rows)" 2 eval.max_rows
 e --set corpus.heldout_fraction=0 --set eval.max_rows=2 | grep -q 'every row of corpus.files' || fail "evaluation on everything is not said"
 
