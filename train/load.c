@@ -60,10 +60,18 @@ char *heldout_shards_path(const struct config *c)
     return xasprintf("%.*s-heldout", (int)n, c->shards_path);
 }
 
+int check_tokenizer_dir(const char *dir)
+{
+    if (path_is_dir(dir) || !path_exists(dir)) return OK;
+    return fail(ERR_USAGE, "%s: a model is written with its tokenizer, so tokenizer.path has to be a directory or a file named tokenizer.json", dir);
+}
+
 int copy_tokenizer_files(const char *from, const char *to)
 {
     static const char *const names[] = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
                                         "chat_template.jinja", "generation_config.json"};
+    int named = check_tokenizer_dir(from);
+    if (named != OK) return named;
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
         char *source = path_join(from, names[i]), *target = path_join(to, names[i]);
         int rc = path_exists(source) ? file_copy(source, target) : OK;

@@ -33,5 +33,6 @@ char *heldout_shards_path(const struct config *c);
 /* Files beside the weights that an inference engine reads: tokenizer.json, tokenizer_config.json, generation_config.json, ...;
  * those that `from` has are copied to `to`. */
 int copy_tokenizer_files(const char *from, const char *to);
+int check_tokenizer_dir(const char *dir);                /* ERR_USAGE: `dir` is a file, whose neighbours nothing is known of: asked before a run that ends in a copy */
 
 #endif

@@ -10,9 +10,9 @@ char *find_tokenizer_dir(const struct config *c, const char *const *candidates)
 {
     if (*c->tokenizer_path) {
         /* tokenizer.path may be the file itself */
-        size_t n = strlen(c->tokenizer_path);
-        if (n > 15 && !strcmp(c->tokenizer_path + n - 15, "/tokenizer.json")) return xstrndup(c->tokenizer_path, n - 15);
-        return xstrdup(c->tokenizer_path);
+        const char *path = c->tokenizer_path, *slash = strrchr(path, '/');
+        if (path_is_dir(path) || strcmp(slash ? slash + 1 : path, "tokenizer.json")) return xstrdup(path);
+        return !slash ? xstrdup(".") : slash == path ? xstrdup("/") : xstrndup(path, (size_t)(slash - path));
     }
     for (; *candidates; candidates++) {
         char *file = path_join(*candidates, "tokenizer.json");
@@ -62,6 +62,7 @@ int student_open(struct student **out, const struct config *c)
         TRY(model_config_read(&s->config, c->student_path));
     }
     s->tokenizer_dir = find_tokenizer_dir(c, (const char *const[]){c->student_path, c->teacher_path, NULL});
+    if (s->tokenizer_dir) TRY(check_tokenizer_dir(s->tokenizer_dir));
     *out = s;
     s = NULL;
 out:

@@ -72,7 +72,8 @@ struct weight_files {
     const struct tensor_set *set;
     int64_t width;                                           /* of the device's elements */
     struct piece *list; int64_t n, room;                     /* in the order of the files */
-    int threads; char *buffers;                              /* PIECE bytes each, two a thread */
+    int64_t piece;                                           /* bytes: PIECE, or what a row that is rounded takes */
+    int threads; char *buffers;                              /* of a piece each, two a thread */
 };
 
 static int param_at(const struct params *t, int64_t offset)
@@ -90,9 +91,9 @@ static int cut(void *context, const struct tensor_view *v, int64_t offset)
 {
     struct weight_files *f = context;
     int i = param_at(f->table, offset);
-    int64_t cols = f->table->p[i].cols, width = (int64_t)dtype_width(v->dtype), most = PIECE / (width > f->width ? width : f->width);
+    int64_t cols = f->table->p[i].cols, width = (int64_t)dtype_width(v->dtype), most = f->piece / (width > f->width ? width : f->width);
     if (f->home->layout.scale_at[i] >= 0) {                  /* a row as it lies in the file has to fit as well */
-        most = (PIECE - ALIGNMENT) / (cols * width > cols + (int64_t)sizeof(float) ? cols * width : cols + (int64_t)sizeof(float)) * cols;
+        most = (f->piece - ALIGNMENT) / (cols * width > cols + (int64_t)sizeof(float) ? cols * width : cols + (int64_t)sizeof(float)) * cols;
         CHECK(most > 0, "a row of %lld elements is longer than a piece", (long long)cols);
     }
     for (int64_t first = 0; first < v->count; first += most) {
@@ -191,13 +192,15 @@ int weight_files_open(struct weight_files **out, const struct params *t, struct 
 {
     struct weight_files *f = xcalloc(1, sizeof *f);
     int rc = OK;
-    *f = (struct weight_files){.table = t, .be = be, .home = home, .set = set, .width = (int64_t)dtype_width(be->act_dtype)};
+    *f = (struct weight_files){.table = t, .be = be, .home = home, .set = set, .width = (int64_t)dtype_width(be->act_dtype), .piece = PIECE};
+    for (int i = 0; i < t->n; i++)
+        if (home->layout.scale_at[i] >= 0 && t->p[i].cols * (int64_t)sizeof(float) + ALIGNMENT > f->piece) f->piece = aligned(t->p[i].cols * (int64_t)sizeof(float)) + ALIGNMENT;
     TRY(params_match(t, set, where, layer_of, cut, f));
     qsort(f->list, (size_t)f->n, sizeof *f->list, by_place);
     f->threads = omp_get_num_procs() < MOST_THREADS ? omp_get_num_procs() : MOST_THREADS;
     if (f->n < f->threads) f->threads = (int)f->n;
-    if (!be->host_memory && !(f->buffers = be->ops->alloc_host(be, (size_t)(2 * f->threads) * PIECE))) {
-        rc = fail(ERR_IO, "device %s: no host memory for the buffers that weights are loaded through (%d MiB)", be->name, 2 * f->threads * (PIECE >> 20));
+    if (!be->host_memory && !(f->buffers = be->ops->alloc_host(be, (size_t)(2 * f->threads) * (size_t)f->piece))) {
+        rc = fail(ERR_IO, "device %s: no host memory for the buffers that weights are loaded through (%d MiB)", be->name, (int)(2 * f->threads * f->piece >> 20));
         goto out;
     }
     *out = f;
@@ -224,12 +227,12 @@ int weight_files_read(struct weight_files *f, int layer)
     {
         int me = omp_get_thread_num(), turn = 0, rc;
         bool busy[2] = {false, false};
-        char *raw = xmalloc(PIECE);
+        char *raw = xmalloc((size_t)f->piece);
         #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < f->n; i++) {
             if (layer != WEIGHTS_ALL && f->table->p[f->list[i].param].layer != layer) continue;
             if (busy[turn]) be->ops->wait_mark(be, 2 * me + turn);
-            rc = place(f, &f->list[i], f->buffers ? f->buffers + (size_t)(2 * me + turn) * PIECE : NULL, raw, &busy[turn]);
+            rc = place(f, &f->list[i], f->buffers ? f->buffers + (2 * me + turn) * f->piece : NULL, raw, &busy[turn]);
             if (rc == OK && !busy[turn]) continue;
             #pragma omp critical(weights_copy)
             if (rc == OK) {

@@ -271,7 +271,7 @@ __global__ void __launch_bounds__(rank_shared<MOST>::BLOCK) rank_kernel(targets_
     if (out.label_logprob) out.label_logprob[n] = labels[n] >= 0 ? (float)(label_logit * inv_T0 - lse0) : 0;
     if (out.padding_mass) {
         double ratio = exp_short(s.padding_lse - s.lse[shape.unit_slot]);
-        out.padding_mass[n] = s.padding_lse > -CUDART_INF ? (float)(ratio / (1 + ratio)) : 0;
+        out.padding_mass[n] = s.padding_lse == -CUDART_INF ? 0 : (float)(ratio / (1 + ratio));    /* of rows that nobody initialised it may be NaN, and says so */
     }
 }
 

@@ -86,6 +86,15 @@ for way in 'train.micro_rows=1 train.chunk_tokens=1000' 'train.micro_rows=4 trai
     esac
 done
 "$distill" train config.yaml --set run.dir=run4 --set objective.kd_weight=0 --set objective.ce_weight=1 --set train.steps=3 >run4.log || fail "hard labels from shards"
+# a tokenizer by its file, wherever that lies, goes with the model; a file of another name cannot
+cp tokenizer/tokenizer.json .
+for path in tokenizer.json ./tokenizer.json tokenizer/tokenizer.json; do
+    rm -rf named; "$distill" train config.yaml --set run.dir=named --set train.steps=1 --set tokenizer.path=$path >named.log || fail "tokenizer.path=$path: $(tail -1 named.log)"
+    [ -e named/checkpoints/step-00000001/tokenizer.json ] || fail "tokenizer.path=$path: the checkpoint has no tokenizer"
+done
+mv tokenizer.json vocabulary.json
+expect_exit 2 'a directory or a file named tokenizer.json' "$distill" train config.yaml --set run.dir=other-name --set train.steps=1 --set tokenizer.path=vocabulary.json
+[ ! -e other-name ] || fail "a run that cannot be written in the end has begun"
 "$distill" bench config.yaml --set bench.steps=1 --set bench.seconds=0 --set "teacher.path=''" >bench.log || fail "bench"
 grep -q 'share_of_composed_limit' bench.log && grep -q '"figure":"phase_host"' bench.log || fail "bench does not say what it should"
 "$distill" bench kernels config.yaml --set bench.seconds=0 rmsnorm distill_loss sample_targets >kernels.log || fail "bench kernels"

@@ -202,6 +202,19 @@ static void not_finite(struct rig *r)
         }
         rig_reset(r, "not finite");
     }
+    /* padding is not part of the distribution: what it holds is seen in its mass alone */
+    static const float held[] = {NAN, INFINITY, -INFINITY};
+    for (size_t i = 0; i < COUNT(held); i++) {
+        float *t = acts(r, 64, 3, 9), mass, lse;
+        for (int j = 50; j < 64; j++) t[j] = j == 60 || held[i] == -INFINITY ? held[i] : 1;
+        rig_scratch(r, (struct op_limits){.N = 1, .C = 8, .V = 64, .chunk_rows = 1, .Hq = 1, .Hkv = 1, .D = 8, .K = K});
+        struct teacher_targets o = {.nT = 1, .temperatures = temperatures, .K = K, .lse = poison_float(r, 1), .padding_mass = poison_float(r, 1), .head_ids = poison(r, K * sizeof *o.head_ids)};
+        r->op->teacher_targets(r->be, &o, upload_act(r, t, 64), NULL, 1, 64, 50);
+        r->op->download(r->be, &mass, o.padding_mass, sizeof mass);
+        r->op->download(r->be, &lse, o.lse, sizeof lse);
+        cr_assert(isfinite(lse) && (held[i] == -INFINITY ? mass == 0 : isnan(mass)), "padding of %g: mass %g, lse %g", (double)held[i], (double)mass, (double)lse);
+        rig_reset(r, "padding that is not finite");
+    }
 }
 
 Test(cpu, not_finite)
