@@ -29,6 +29,7 @@ double max_abs_difference(const float *a, const float *b, int64_t n)
 
 void fill_normal(float *x, int64_t n, float scale, uint64_t seed)
 {
+    #pragma omp parallel for schedule(static) if (n > 1 << 16)
     for (int64_t i = 0; i < n; i++) {
         struct philox r = philox4x32(seed, 0, (uint64_t)i);
         x[i] = scale * normal_float(r.v[0], r.v[1]);

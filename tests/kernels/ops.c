@@ -82,7 +82,10 @@ float *acts(struct rig *r, int64_t n, float scale, uint64_t seed)
 {
     float *x = floats(r, n);
     fill_normal(x, n, scale, seed);
-    if (r->round_inputs) for (int64_t i = 0; i < n; i++) x[i] = bf16_to_float(bf16_from_float(x[i]));
+    if (r->round_inputs) {
+        #pragma omp parallel for schedule(static) if (n > 1 << 16)
+        for (int64_t i = 0; i < n; i++) x[i] = bf16_to_float(bf16_from_float(x[i]));
+    }
     return x;
 }
 
