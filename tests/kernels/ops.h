@@ -2,6 +2,9 @@
  * and one double-precision definition of the op, written from its equation. Then
  *     Test(cpu, ...)   the CPU against the definition: outputs directly, gradients by central differences of the definition
  *     Test(gpu, ...)   the device against the CPU, in fp32 and in bf16 on inputs rounded to bf16 first (ops_compare)
+ *     Test(gpu, true_sizes_...)   the same on a second list: the sizes of training, of which the small ones are no sample where code depends on size (loops that take another turn, a row or a
+ *                                 chunk that takes several blocks or launches, the tiles of large products). For a card at its own speed: the emulator and
+ *                                 the sanitizers leave out whatever has this name (scripts/emulate.sh, scripts/gpu.sh).
  * Every device buffer is poisoned (bytes of 0xff: NaN in fp32 and bf16, -1 in integers), so an element nobody writes is seen, and
  * carries a guard behind its end that is checked when the case is over. The scratch arena is exactly as large as the backend asks.
  *
