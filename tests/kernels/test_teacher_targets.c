@@ -22,6 +22,14 @@ static const struct targets_case cases[] = {
     {64, 50, 5, 2, {1, 3}, HEAD_IDS},     {64, 50, 5, 2, {1, 3}, HEAD_LOGPROB},  {64, 50, 5, 2, {1, 3}, LSE},        {64, 50, 5, 2, {1, 3}, TAIL},
     {64, 50, 5, 2, {1, 3}, ENTROPY},      {64, 50, 5, 2, {1, 3}, LABEL},         {64, 50, 5, 2, {1, 3}, FULL},       {64, 50, 5, 2, {1, 3}, PADDING},
 };
+/* rows of a 152k vocabulary, whole vectors and not, and of one so long that its lists get more room */
+static const struct targets_case true_cases[] = {
+    {152064, 151665, 64, 3, {1, 2, 4}, ALL}, {152064, 151665, 256, 2, {2, 1}, ALL}, {151665, 151665, 64, 1, {1}, ALL}, {262144, 262144, 256, 3, {1, 2, 3}, ALL},
+};
+/* Chunks whose parts and lists are more than the 64 MiB a launch may have (cuda/teacher_targets.cu, MOST_SCRATCH): two launches for heads of 64 and for heads of 256, nine of rows that are more than a grid
+ * is high. The situations come in turn. */
+struct chunk_case { int64_t R; struct targets_case row; };
+static const struct chunk_case true_chunks[] = {{8501, {2568, 2563, 64, 3, {1, 2, 4}, ALL}}, {2801, {2568, 2563, 256, 1, {2}, ALL}}, {66003, {24, 21, 4, 1, {1}, ALL}}};
 
 static const char *name(const void *c_)
 {
@@ -29,13 +37,15 @@ static const char *name(const void *c_)
     return text("V %ld Vv %ld K %d nT %d T %g wanted %d", (long)c->V, (long)c->Vv, c->K, c->nT, (double)c->T[0], c->wanted);
 }
 
-struct inputs { float *t; int32_t labels[SITUATIONS]; };
-static struct inputs make_inputs(struct rig *r, const struct targets_case *c)
+struct inputs { float *t; int32_t *labels; };
+static struct inputs make_inputs(struct rig *r, const struct targets_case *c, int64_t R)
 {
-    struct inputs in = {.t = acts(r, SITUATIONS * c->V, 3, 1)};
-    for (int n = 0; n < SITUATIONS; n++) {
-        float *t = in.t + n * c->V;
-        int64_t best = (7 * n + 3) % c->Vv;
+    struct inputs in = {.t = acts(r, R * c->V, 3, 1), .labels = (int32_t *)floats(r, R)};
+    #pragma omp parallel for schedule(static) if (R > SITUATIONS)
+    for (int64_t row = 0; row < R; row++) {
+        float *t = in.t + row * c->V;
+        int n = (int)(row % SITUATIONS);
+        int64_t best = (7 * row + 3) % c->Vv;
         for (int64_t j = 0; j < c->V; j++) {
             if (n == TIES) t[j] = roundf(t[j] / 3);
             if (n == SURE && j < c->Vv && j != best) t[j] = bf16_to_float(bf16_from_float(t[j] / 8 - 75 * c->T[0]));
@@ -45,17 +55,16 @@ static struct inputs make_inputs(struct rig *r, const struct targets_case *c)
             if (n == RISING && j < c->Vv) t[j] = bf16_to_float(bf16_from_float(t[j] / 4 + 8.0f * (float)j / (float)c->Vv));
             if (!(c->wanted & PADDING) && j >= c->Vv) t[j] = j % 2 ? NAN : 1e30f;   /* padding is read for its mass, else never */
         }
-        in.labels[n] = n == NO_LABEL ? -1 : (int32_t)((best + (n == MASKED ? 0 : n)) % c->Vv);
-        if (n == MASKED && in.labels[n] % 3 == 1) in.labels[n] = 0;
+        in.labels[row] = n == NO_LABEL ? -1 : (int32_t)((best + (n == MASKED ? 0 : n)) % c->Vv);
+        if (n == MASKED && in.labels[row] % 3 == 1) in.labels[row] = 0;
     }
     return in;
 }
 
-static void run(struct rig *r, const void *c_, struct outputs *out)
+static void run_rows(struct rig *r, const struct targets_case *c, int64_t R, struct outputs *out)
 {
-    const struct targets_case *c = c_;
-    struct inputs in = make_inputs(r, c);
-    int64_t R = SITUATIONS, heads = R * c->K, stats = R * c->nT, full = R * c->Vv;
+    struct inputs in = make_inputs(r, c, R);
+    int64_t heads = R * c->K, stats = R * c->nT, full = R * c->Vv;
     rig_scratch(r, (struct op_limits){.N = R, .C = 8, .V = c->V, .chunk_rows = R, .Hq = 1, .Hkv = 1, .D = 8, .K = c->K});
     struct teacher_targets o = {.nT = c->nT, .temperatures = c->T, .K = c->K};
     if (c->wanted & HEAD_IDS) o.head_ids = poison(r, (size_t)heads * sizeof *o.head_ids);
@@ -67,7 +76,7 @@ static void run(struct rig *r, const void *c_, struct outputs *out)
     if (c->wanted & PADDING) o.padding_mass = poison_float(r, R);
     if (c->wanted & FULL) o.full = poison(r, (size_t)full * sizeof *o.full);
     const act *logits = upload_act(r, in.t, R * c->V);
-    const int32_t *labels = upload(r, in.labels, sizeof in.labels);
+    const int32_t *labels = upload(r, in.labels, (size_t)R * sizeof *in.labels);
     r->op->teacher_targets(r->be, &o, logits, labels, R, c->V, c->Vv);
 
     if (o.head_ids) {
@@ -93,6 +102,8 @@ static void run(struct rig *r, const void *c_, struct outputs *out)
     for (int i = 0; i < out->n; i++) out->o[i].floor = out->o[i].bound == EXACT ? 0 : 1e-3;   /* at V = 1 every log-probability is 0 */
 }
 
+static void run(struct rig *r, const void *c, struct outputs *out) { run_rows(r, c, SITUATIONS, out); }
+
 static long double log_sum_exp(const float *x, const bool *skip, int64_t n, long double scale)
 {
     long double top = -INFINITY, sum = 0;
@@ -117,7 +128,7 @@ Test(cpu, definition)
         const struct targets_case *c = &cases[i];
         struct outputs out = {0};
         run(&r, c, &out);
-        struct inputs in = make_inputs(&r, c);
+        struct inputs in = make_inputs(&r, c, SITUATIONS);
         int32_t *order = xmalloc((size_t)c->Vv * sizeof *order);
         for (int n = 0; n < SITUATIONS; n++) {
             const float *t = in.t + n * c->V;
@@ -238,3 +249,11 @@ Test(gpu, not_finite_fp32) { not_finite_on("fp32"); }
 static const struct case_list list = {"teacher_targets", cases, COUNT(cases), sizeof *cases, run, name};
 Test(gpu, fp32) { ops_compare(&list, "fp32"); }
 Test(gpu, bf16) { ops_compare(&list, "bf16"); }
+
+static void run_chunk(struct rig *r, const void *c_, struct outputs *out) { const struct chunk_case *c = c_; run_rows(r, &c->row, c->R, out); }
+static const char *chunk_name(const void *c_) { const struct chunk_case *c = c_; return text("R %ld %s", (long)c->R, name(&c->row)); }
+
+static const struct case_list true_list = {"teacher_targets", true_cases, COUNT(true_cases), sizeof *true_cases, run, name};
+static const struct case_list true_chunk_list = {"teacher_targets", true_chunks, COUNT(true_chunks), sizeof *true_chunks, run_chunk, chunk_name};
+Test(gpu, true_sizes_fp32) { ops_compare(&true_list, "fp32"); ops_compare(&true_chunk_list, "fp32"); }
+Test(gpu, true_sizes_bf16) { ops_compare(&true_list, "bf16"); ops_compare(&true_chunk_list, "bf16"); }
