@@ -5,6 +5,8 @@
 
 struct embed_case { int64_t N, C, V; };
 static const struct embed_case cases[] = {{1, 1, 1}, {1, 3, 5}, {7, 17, 11}, {5, 64, 100}, {33, 80, 2}, {130, 65, 512}, {257, 128, 33}};
+/* rows that take several blocks; more of them than a grid is high; ids of a 152k vocabulary */
+static const struct embed_case true_cases[] = {{1031, 3584, 700}, {66001, 8, 152064}};
 
 static const char *name(const void *c_) { const struct embed_case *c = c_; return text("N %ld C %ld V %ld", (long)c->N, (long)c->C, (long)c->V); }
 
@@ -58,3 +60,8 @@ static const struct case_list list = {"embed", cases, COUNT(cases), sizeof *case
 Test(gpu, fp32) { ops_compare(&list, "fp32"); }
 Test(gpu, bf16) { ops_compare(&list, "bf16"); }
 Test(gpu, exact) { ops_compare(&list, "exact"); }
+
+static const struct case_list true_list = {"embed", true_cases, COUNT(true_cases), sizeof *true_cases, run, name};
+Test(gpu, true_sizes_fp32) { ops_compare(&true_list, "fp32"); }
+Test(gpu, true_sizes_bf16) { ops_compare(&true_list, "bf16"); }
+Test(gpu, true_sizes_exact) { ops_compare(&true_list, "exact"); }

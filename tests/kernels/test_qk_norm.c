@@ -8,7 +8,10 @@ struct norm_case { int64_t N; int Hq, Hkv, D; float scale, eps; bool dx_over_dy;
 static const struct norm_case cases[] = {
     {1, 1, 1, 8, 1, 1e-6f, false}, {3, 4, 2, 16, 1, 1e-6f, true}, {5, 6, 1, 64, 1e-3f, 1e-5f, false}, {2, 3, 3, 80, 1, 1e-6f, true},
     {7, 8, 2, 128, 3, 1e-6f, false}, {65, 2, 1, 24, 1, 1e-6f, true}, {2, 2, 1, 16, 0, 1e-6f, false},
+    {9, 4, 2, 256, 1, 1e-6f, false},   /* the widest: a vector of bf16 for each lane of a warp, two of fp32 */
 };
+/* more tokens than the groups of the backward's blocks, four blocks on each of 132 multiprocessors: 16 groups a block in bf16, 8 in fp32 */
+static const struct norm_case true_cases[] = {{9001, 2, 1, 128, 1, 1e-6f, true}};
 
 static const char *name(const void *c_)
 {
@@ -103,3 +106,8 @@ static const struct case_list list = {"qk_norm", cases, COUNT(cases), sizeof *ca
 Test(gpu, fp32) { ops_compare(&list, "fp32"); }
 Test(gpu, bf16) { ops_compare(&list, "bf16"); }
 Test(gpu, exact) { ops_compare(&list, "exact"); }
+
+static const struct case_list true_list = {"qk_norm", true_cases, COUNT(true_cases), sizeof *true_cases, run, name};
+Test(gpu, true_sizes_fp32) { ops_compare(&true_list, "fp32"); }
+Test(gpu, true_sizes_bf16) { ops_compare(&true_list, "bf16"); }
+Test(gpu, true_sizes_exact) { ops_compare(&true_list, "exact"); }

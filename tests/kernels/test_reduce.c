@@ -10,6 +10,8 @@
 
 struct sum_case { int64_t count; float scale; };
 static const struct sum_case cases[] = {{1, 1}, {7, 1}, {17, 1e-15f}, {1000, 1e15f}, {65535, 1}, {65536, 1}, {65537, 1}, {200001, 0.01f}, {700007, 1}};
+/* four turns of the 1024 blocks of a device, which are asked for at once, and some of a fifth */
+static const struct sum_case true_cases[] = {{20000003, 1}};
 
 static const char *name(const void *c_) { const struct sum_case *c = c_; return text("count %ld scale %g", (long)c->count, (double)c->scale); }
 
@@ -112,3 +114,8 @@ static const struct case_list list = {"reduce", cases, COUNT(cases), sizeof *cas
 Test(gpu, fp32) { ops_compare(&list, "fp32"); }
 Test(gpu, bf16) { ops_compare(&list, "bf16"); }
 Test(gpu, exact) { ops_compare(&list, "exact"); }
+
+static const struct case_list true_list = {"reduce", true_cases, COUNT(true_cases), sizeof *true_cases, run, name};
+Test(gpu, true_sizes_fp32) { ops_compare(&true_list, "fp32"); }
+Test(gpu, true_sizes_bf16) { ops_compare(&true_list, "bf16"); }
+Test(gpu, true_sizes_exact) { ops_compare(&true_list, "exact"); }

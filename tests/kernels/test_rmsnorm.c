@@ -18,6 +18,12 @@ static const struct norm_case cases[] = {
     {2, 1027, 1, 1e-6f, true, SUM_X, DRES_OWN, false},   {3, 2056, 1, 1e-6f, true, SUM_OWN, DRES_DX, true},      {2, 4104, 1, 1e-6f, true, SUM_X, DRES_OWN, false},
     {3, 8208, 1, 1e-6f, true, SUM_X, DRES_OWN, true},    {2, 16384, 1, 1e-6f, false, SUM_NONE, DRES_NONE, false},
 };
+/* more rows than blocks: the backward's blocks, 1024 threads of them on each of 132 multiprocessors, walk over several, with as many on their way as the width allows: the models of 7B and 72B, one of
+ * 0.5B, rows that are no whole vectors */
+static const struct norm_case true_cases[] = {
+    {1403, 3584, 1, 1e-6f, true, SUM_X, DRES_DX, false}, {803, 8192, 1, 1e-6f, true, SUM_R, DRES_OWN, true}, {5303, 896, 1, 1e-6f, false, SUM_NONE, DRES_NONE, false},
+    {1003, 1027, 1, 1e-6f, true, SUM_OWN, DRES_OWN, true},
+};
 
 static const char *name(const void *c_)
 {
@@ -113,3 +119,8 @@ static const struct case_list list = {"rmsnorm", cases, COUNT(cases), sizeof *ca
 Test(gpu, fp32) { ops_compare(&list, "fp32"); }
 Test(gpu, bf16) { ops_compare(&list, "bf16"); }
 Test(gpu, exact) { ops_compare(&list, "exact"); }
+
+static const struct case_list true_list = {"rmsnorm", true_cases, COUNT(true_cases), sizeof *true_cases, run, name};
+Test(gpu, true_sizes_fp32) { ops_compare(&true_list, "fp32"); }
+Test(gpu, true_sizes_bf16) { ops_compare(&true_list, "bf16"); }
+Test(gpu, true_sizes_exact) { ops_compare(&true_list, "exact"); }

@@ -7,6 +7,8 @@ struct swiglu_case { int64_t N, F; float scale; bool in_place; };
 static const struct swiglu_case cases[] = {
     {1, 1, 1, false}, {1, 3, 1, true}, {5, 17, 1, false}, {4, 64, 3, true}, {3, 63, 30, false}, {2, 129, 100, true}, {33, 160, 2, true}, {65, 257, 1, false},
 };
+/* rows that take several blocks, whole vectors; more of them than a grid is high, vectors and single elements */
+static const struct swiglu_case true_cases[] = {{65, 18944, 2, true}, {66001, 16, 1, false}, {65537, 5, 1, true}};
 
 static const char *name(const void *c_) { const struct swiglu_case *c = c_; return text("N %ld F %ld scale %g in place %d", (long)c->N, (long)c->F, (double)c->scale, c->in_place); }
 
@@ -83,3 +85,7 @@ Test(cpu, extreme_gates)
 static const struct case_list list = {"swiglu", cases, COUNT(cases), sizeof *cases, run, name};
 Test(gpu, fp32) { ops_compare(&list, "fp32"); }
 Test(gpu, bf16) { ops_compare(&list, "bf16"); }
+
+static const struct case_list true_list = {"swiglu", true_cases, COUNT(true_cases), sizeof *true_cases, run, name};
+Test(gpu, true_sizes_fp32) { ops_compare(&true_list, "fp32"); }
+Test(gpu, true_sizes_bf16) { ops_compare(&true_list, "bf16"); }
