@@ -14,6 +14,8 @@ static const struct attention_case cases[] = {
     {{130, 5}, 2, 2, 1, 16, 1, 1},           {{130, 5}, 2, 2, 2, 16, 7, 1},            {{130, 129}, 2, 2, 1, 16, 63, 1},        {{200}, 1, 2, 1, 16, 64, 1},
     {{200}, 1, 2, 1, 8, 65, 1},              {{193}, 1, 1, 1, 64, 66, 1},              {{70, 3}, 2, 2, 1, 16, 500, 1},
 };
+/* what training packs into a row of 4096 tokens, in heads of 128: documents of any length, the last of them ended by the row; one that fills it, under a window */
+static const struct attention_case true_cases[] = {{{2300, 1, 37, 700, 0, 1058}, 6, 4, 1, 128, 0, 1}, {{4096}, 1, 4, 1, 128, 1024, 1}};
 
 static const char *name(const void *c_)
 {
@@ -162,6 +164,9 @@ static const char *cached_name(const void *c_)
     return text("cached: %d steps from %d, Hq %d Hkv %d D %d window %ld", c->n_steps, c->steps[0], c->Hq, c->Hkv, c->D, (long)c->window);
 }
 
+/* more keys than the 256 that the warps of a block take in a turn, the last turn a broken one */
+static const struct cached_case true_cached_cases[] = {{{1100, 1, 7, 1}, 4, 4, 1, 128, 0, 1200}, {{1100, 1, 7, 1}, 4, 4, 2, 64, 600, 1200}};
+
 static int64_t cached_rows(const struct cached_case *c)
 {
     int64_t n = 0;
@@ -222,3 +227,8 @@ static const struct case_list list = {"attention", cases, COUNT(cases), sizeof *
 static const struct case_list cached_list = {"attention_cached", cached_cases, COUNT(cached_cases), sizeof *cached_cases, run_cached, cached_name};
 Test(gpu, fp32) { ops_compare(&list, "fp32"); ops_compare(&cached_list, "fp32"); }
 Test(gpu, bf16) { ops_compare(&list, "bf16"); ops_compare(&cached_list, "bf16"); }
+
+static const struct case_list true_list = {"attention", true_cases, COUNT(true_cases), sizeof *true_cases, run, name};
+static const struct case_list true_cached_list = {"attention_cached", true_cached_cases, COUNT(true_cached_cases), sizeof *true_cached_cases, run_cached, cached_name};
+Test(gpu, true_sizes_fp32) { ops_compare(&true_list, "fp32"); ops_compare(&true_cached_list, "fp32"); }
+Test(gpu, true_sizes_bf16) { ops_compare(&true_list, "bf16"); ops_compare(&true_cached_list, "bf16"); }

@@ -8,6 +8,9 @@ struct linear_case { int64_t N, C, O; bool bias; };
 static const struct linear_case cases[] = {
     {1, 1, 1, true}, {1, 8, 16, false}, {1, 17, 3, true}, {7, 5, 11, true}, {16, 64, 32, false}, {33, 63, 65, true}, {64, 128, 96, true}, {5, 200, 130, true}, {129, 48, 70, false},
 };
+/* the smallest outputs of which a device takes the largest tiles (cuda/linear.c, choose()), ragged ones: y, dx and dw in turn. The first has 64 partial sums of dbias, of 65 rows; all cross the
+ * 32 MiB in which bf16 comes to the host. */
+static const struct linear_case true_cases[] = {{4161, 320, 4160, true}, {4160, 4168, 320, false}, {320, 4168, 4160, false}};
 
 static const char *name(const void *c_) { const struct linear_case *c = c_; return text("N %ld C %ld O %ld bias %d", (long)c->N, (long)c->C, (long)c->O, c->bias); }
 
@@ -100,3 +103,7 @@ static const struct case_list list = {"linear", cases, COUNT(cases), sizeof *cas
 Test(gpu, fp32) { ops_compare(&list, "fp32"); }
 Test(gpu, bf16) { ops_compare(&list, "bf16"); }
 Test(gpu, exact) { ops_compare(&list, "exact"); }
+
+static const struct case_list true_list = {"linear", true_cases, COUNT(true_cases), sizeof *true_cases, run, name};
+Test(gpu, true_sizes_bf16) { ops_compare(&true_list, "bf16"); }
+Test(gpu, true_sizes_exact) { ops_compare(&true_list, "exact"); }
