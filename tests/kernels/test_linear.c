@@ -8,7 +8,7 @@ struct linear_case { int64_t N, C, O; bool bias; };
 static const struct linear_case cases[] = {
     {1, 1, 1, true}, {1, 8, 16, false}, {1, 17, 3, true}, {7, 5, 11, true}, {16, 64, 32, false}, {33, 63, 65, true}, {64, 128, 96, true}, {5, 200, 130, true}, {129, 48, 70, false},
 };
-/* the smallest outputs of which a device takes the largest tiles (cuda/linear.c, choose()), ragged ones: y, dx and dw in turn. The first has 64 partial sums of dbias, of 65 rows; all cross the
+/* outputs just large enough for the largest tiles (cuda/linear.c, choose()), ragged ones: y, dx and dw in turn. The first has 64 partial sums of dbias, of 66 rows; all cross the
  * 32 MiB in which bf16 comes to the host. */
 static const struct linear_case true_cases[] = {{4161, 320, 4160, true}, {4160, 4168, 320, false}, {320, 4168, 4160, false}};
 
