@@ -334,13 +334,14 @@ static const char *product_name(const void *c_)
 /* what the products read, on the device and on the host */
 struct factors { struct fp8 x, w, t, dy; struct host_fp8 hx, hw, ht, hdy; float *bias, *dw0, *dbias0; };
 
+enum { LOUDEST = 3501 };                                    /* of long factors, the row of the largest scale: not one of the first that a block's threads look at */
 static float *factor(struct rig *r, const struct product_case *c, int64_t rows, int64_t columns, uint64_t seed, int every, int step)
 {
     float *x = acts(r, rows * columns, 1, seed);
     for (int64_t i = 0; i < rows * columns; i++) {
         int64_t n = i / columns;
         if (c->whole) x[i] = ldexpf((float)(philox4x32(seed, 1, (uint64_t)i).v[0] % 3) - 1, -(int)(n % 3));
-        else x[i] = every && n % every == every - 1 ? 0 : ldexpf(x[i], -(int)(n * step % 20));
+        else x[i] = every && n % every == every - 1 ? 0 : ldexpf(x[i], n == LOUDEST ? 3 : -(int)(n * step % 20));
     }
     return x;
 }
