@@ -1,6 +1,7 @@
 #!/bin/bash
 # On a machine with a Hopper GPU: builds with CUDA (or takes a finished build directory), runs the gpu suite (ops, and optimizer steps of a whole model) and `distill check` of
-# every golden case with device cuda, in fp32 and bf16, native and fp8, and prints one table last. Exit code 0 when every line of it passed, or was refused because a GPU does not multiply such widths in fp8.
+# every golden case with device cuda, in fp32 and bf16, native and fp8, and prints one table last. Exit code 0 when every line of it passed, or was refused because a GPU does not multiply such widths in fp8;
+# one case at least has to have widths that it does.
 #
 #   scripts/gpu.sh [BUILD_DIR [LIBRARY_DIR]]     BUILD_DIR     default build-gpu; configured and built here unless it holds a program already
 #                                                LIBRARY_DIR   libraries the build needs and this machine lacks
@@ -93,6 +94,11 @@ for folder in $golden; do
     done
 done
 wait
+refused=$(cat "$log"/*.line | grep '^check .* fp8 ')
+if [ -n "$refused" ] && ! grep -qv 'refused' <<< "$refused"; then
+    next
+    printf '%-44s %6s   FAILED: refused for every case\n' "check fp8" - > "$file.line"
+fi
 benches=${BENCH:-0}
 [ "$benches" = 1 ] && benches="kernels:h200-7b kernels:h200-72b train:h200-7b train:h200-7b:train.matmul=fp8 train:h200-7b-block train:h200-3b-exact teacher:h200-72b teacher:h200-72b:teacher.precision=fp8 teacher:h200-72b-streamed teacher:h200-72b-streamed:teacher.weights=resident teacher:h200-72b-streamed:teacher.precision=fp8 teacher:h200-72b-streamed:teacher.precision=fp8:teacher.weights=resident io:h200-7b:bench.checkpoint_gib=8"
 if [ "$benches" != 0 ]; then

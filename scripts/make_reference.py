@@ -20,6 +20,7 @@ SMALL = dict(vocab_size=512, hidden_size=64, intermediate_size=160, num_hidden_l
 RANDOM = {
     "qwen2": ("qwen2", {}),
     "qwen2_tied": ("qwen2", dict(tie_word_embeddings=True)),
+    "widths16": ("qwen2", dict(hidden_size=16, head_dim=16, intermediate_size=48)),      # multiples of 16, which is what a GPU multiplies in fp8, and no two of a layer equal
     "odd_vocab": ("qwen2", dict(vocab_size=397, intermediate_size=148)),
     "mqa": ("llama", dict(num_key_value_heads=1, num_attention_heads=8, head_dim=8)),
     "mha": ("llama", dict(num_key_value_heads=4)),

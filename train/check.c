@@ -397,7 +397,7 @@ static void print_help(void)
            "  --precision NAME      fp32 or bf16; default: fp32 on cpu, bf16 on cuda\n"
            "  --matmul NAME         native (default), or fp8: the products of the blocks in e4m3, within bounds that e4m3 has\n"
            "  --allow-missing KIND  a loss kind that this build lacks does not fail the check\n\n"
-           "A case for your own model: scripts/make_reference.py MODEL_DIR -o CASE_DIR\n\nExample:\n    distill check tests/golden/qwen2_tiny\n");
+           "A case for your own model: scripts/make_reference.py MODEL_DIR -o CASE_DIR\n\nExample:\n    distill check tests/golden/widths16 --matmul fp8\n");
 }
 
 int command_check(int argc, char **argv)
