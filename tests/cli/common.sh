@@ -10,6 +10,13 @@ export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}   # tests share the machine: 
 failures=0
 
 fail() { echo "FAILED: $*"; failures=$((failures + 1)); }
+# need_device: the test ends here, SKIPPED, where device cuda is not to be had; what a GPU that does not do its work says is for the test
+need_device() {
+    "$distill" check "$source_root/tests/golden/widths16" --device cuda --precision fp32 >device.txt 2>&1 && return
+    local why
+    why=$(grep -o 'device cuda: .*' device.txt) && { echo "SKIPPED: $why"; exit 77; }
+    fail "check with device cuda: $(tail -1 device.txt)"
+}
 finish() { [ "$failures" -eq 0 ] && echo "all good" || { echo "$failures failures"; exit 1; }; }
 # expect_exit CODE PATTERN command...: exit code, one line on stderr that matches, and no core
 expect_exit() {
