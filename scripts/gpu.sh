@@ -1,5 +1,5 @@
 #!/bin/bash
-# On a machine with a Hopper GPU: builds with CUDA (or takes a finished build directory), runs the gpu suite (ops, and optimizer steps of a whole model) and `distill check` of
+# On a machine with a Hopper GPU: builds with CUDA (or takes a finished build directory), runs the gpu suite (ops, optimizer steps of a whole model, the commands) and `distill check` of
 # every golden case with device cuda, in fp32 and bf16, native and fp8, and prints one table last. Exit code 0 when every line of it passed, or was refused because a GPU does not multiply such widths in fp8;
 # one case at least has to have widths that it does.
 #
@@ -93,6 +93,7 @@ for folder in $golden; do
         done
     done
 done
+run "commands" bash "$root/tests/cli/device.sh" "$program"
 wait
 refused=$(cat "$log"/*.line | grep '^check .* fp8 ')
 if [ -n "$refused" ] && ! grep -qv 'refused' <<< "$refused"; then

@@ -49,12 +49,12 @@ model_config() {
 EOF
 }
 
-# A tokenizer, a teacher trained for a few steps, and config.yaml for distilling it
+# make_world [LAYERS WIDTH of the teacher, LAYERS WIDTH of the student, STEPS of the teacher]: a tokenizer, a teacher trained for a few steps, and config.yaml for distilling it
 make_world() {
     make_text
     mkdir -p teacher-shape student-shape
-    model_config teacher-shape/config.json 2 32
-    model_config student-shape/config.json 1 16
+    model_config teacher-shape/config.json "${1:-2}" "${2:-32}"
+    model_config student-shape/config.json "${3:-1}" "${4:-16}"
     cat >base.yaml <<EOF
 run: {threads: 2, seed: 3}
 tokenizer: {path: tokenizer, vocab_size: 300}
@@ -64,7 +64,7 @@ EOF
 student: {init: scratch, config: teacher-shape/config.json}
 objective: {kd_weight: 0, ce_weight: 1}
 optimizer: {lr: 0.01}
-train: {source: corpus, steps: 12, batch_rows: 8, micro_rows: 4}
+train: {source: corpus, steps: ${5:-12}, batch_rows: 8, micro_rows: 4}
 EOF
     } >teacher.yaml
     { cat base.yaml; cat <<EOF
@@ -79,6 +79,6 @@ EOF
     } >config.yaml
     "$distill" tokenizer-train base.yaml >tokenizer.log
     "$distill" train teacher.yaml --set run.dir=teacher-run >teacher.log
-    cp -r teacher-run/checkpoints/step-00000012 teacher
+    cp -r "teacher-run/checkpoints/$(printf step-%08d "${5:-12}")" teacher
     rm teacher/optimizer.safetensors teacher/state.json teacher/run.yaml teacher/files.json
 }
