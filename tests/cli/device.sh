@@ -104,6 +104,8 @@ for device in cpu cuda; do
     "$distill" export config.yaml --set run.device=$device --set export.model=$checkpoint --set export.path=export-$device >export.log 2>&1 || fail "export on $device: $(tail -1 export.log)"
     "$distill" generate config.yaml --set run.device=$device --set generate.model=count/checkpoints/step-00000060 --set generate.max_tokens=40 --prompt 'one two' >said-$device 2>err.txt || fail "generate on $device: $(tail -1 err.txt)"
 done
+"$distill" eval config.yaml "${cuda[@]}" --set teacher.weights=streamed --set eval.model=$checkpoint --set eval.json=eval-streamed.json >eval.log 2>&1 || fail "eval by a streamed teacher: $(tail -1 eval.log)"
+cmp eval-cuda.json eval-streamed.json || fail "a streamed teacher has other numbers"
 for key in loss forward_kl; do near "$(number eval-cuda.json $key)" "$(number eval-cpu.json $key)" 0.02 "eval on cuda: $key"; done
 cmp export-cpu/model.safetensors export-cuda/model.safetensors || fail "an export on cuda has other weights"
 grep -q '^ three four five six seven' said-cuda && cmp said-cpu said-cuda || fail "generate: '$(cat said-cuda)' on cuda, '$(cat said-cpu)' on cpu"
