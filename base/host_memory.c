@@ -28,7 +28,8 @@ static int64_t number_in(const char *dir, const char *name, const char *key, int
 
 int64_t control_group_available(const char *dir)
 {
-    int64_t limit = number_in(dir, "memory.max", NULL, -1), used = number_in(dir, "memory.current", NULL, 0), cache = number_in(dir, "memory.stat", "inactive_file", 0) + number_in(dir, "memory.stat", "active_file", 0);
+    int64_t limit = number_in(dir, "memory.max", NULL, -1), used = number_in(dir, "memory.current", NULL, 0), cache = number_in(dir, "memory.stat", "inactive_file", 0) + number_in(dir, "memory.stat", "active_file", 0) +
+            number_in(dir, "memory.stat", "slab_reclaimable", 0);
     if (limit < 0) {
         limit = number_in(dir, "memory.limit_in_bytes", NULL, -1);
         used = number_in(dir, "memory.usage_in_bytes", NULL, 0);

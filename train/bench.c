@@ -417,7 +417,7 @@ static double data_sheet(const struct bench *b)
     return strstr(d, "H200") || strstr(d, "H100 80GB HBM3") ? 989.4e12 : 0;
 }
 
-void bench_report(const struct bench *b, const struct pass *p, double tokens, double seconds)
+void bench_report(const struct bench *b, const struct pass *p, double tokens, double seconds, int64_t steps)
 {
     double flop = (p->train ? 3 : 1) * model_config_forward_flops(b->config, b->c->corpus_row_length), rate = tokens / seconds, achieved = rate * flop, sheet = data_sheet(b);
     struct model_config whole = *b->config;
@@ -442,7 +442,7 @@ void bench_report(const struct bench *b, const struct pass *p, double tokens, do
                scaled / share, scaled);
         bench_figure(b, "tokens_per_second_scaled_to_all_layers", scaled, "tok/s");
     }
-    bench_figure(b, "tokens_per_second", rate, "tok/s");
+    bench_figure_more(b, "tokens_per_second", rate, "tok/s", "steps", (double)steps, "seconds", seconds);
     bench_figure(b, "model_flop_per_token", flop, "FLOP");
     bench_figure(b, "model_flop_per_second", achieved, "FLOP/s");
     bench_figure(b, "mfu_of_sustained_products", achieved / b->rates.product, "1");
@@ -541,7 +541,13 @@ int command_bench(int argc, char **argv)
     const char *student = *c->student_config ? c->student_config : c->student_path, *teacher = *c->teacher_path ? c->teacher_path : student;
     if (!*student && !*teacher) { rc = fail(ERR_USAGE, "set student.config (or student.path, teacher.path): a config.json gives the shape to measure"); goto out; }
     if (a.part && !strcmp(a.part, "train") && !*student) { rc = fail(ERR_USAGE, "set student.config (or student.path) to the shape to train"); goto out; }
-    if (!a.part || !strcmp(a.part, "train")) if (*student) TRY(bench_train(c, student));
+    bool full = !strcmp(c->shards_kind, "full");
+    if (full && a.part && !strcmp(a.part, "train")) {
+        rc = fail(ERR_USAGE, "shards.kind is full: bench train steps on topk, hybrid or sampled targets; distill bench kernels times the objective on all logits");
+        goto out;
+    }
+    if (full && !a.part && *student) warn("shards.kind is full: steps are measured on topk, hybrid or sampled targets, so the student is left out");
+    if ((!a.part && !full) || (a.part && !strcmp(a.part, "train"))) if (*student) TRY(bench_train(c, student));
     if (!a.part || !strcmp(a.part, "teacher")) TRY(bench_teacher(c, teacher));
     if (a.part && !strcmp(a.part, "kernels")) {
         if (*student) TRY(bench_kernels(c, student, false, a.n_words, a.words));

@@ -46,8 +46,8 @@ int  bench_rates(struct bench *b, int64_t positions);
 /* Seconds of one call for at least `least` seconds: the mean on a GPU, where a burst is no rate; the best on a CPU, which is shared and noisy. */
 double bench_seconds(struct backend *be, void (*call)(void *context), void *context, double least);
 
-/* Rate, FLOP/s, share of the product rate, the composed limit line by line with its formulas, and the share reached. */
-void bench_report(const struct bench *b, const struct pass *p, double tokens, double seconds);
+/* Of so many steps or passes: rate, FLOP/s, share of the product rate, the composed limit line by line with its formulas, and the share reached. */
+void bench_report(const struct bench *b, const struct pass *p, double tokens, double seconds, int64_t steps);
 /* Time by phase of `steps` steps that took `wall` seconds on a timed backend. */
 void bench_phases(const struct bench *b, struct backend *timed, int steps, double wall);
 

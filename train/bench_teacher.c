@@ -166,8 +166,8 @@ int bench_teacher(const struct config *c, const char *shape)
     shard_writer_close(t.writer);
     t.writer = NULL;
     printf("        %lld rows in %lld sealed shards (%.0f bytes per token) in %.1f s, in %s\n", (long long)rows, (long long)shard_count(&m), (double)shard_bytes(&m, 0) / (double)(per_shard * L), seconds, dir);
-    b->how = json_pack("{s:s, s:s, s:s, s:i, s:i, s:i, s:I, s:I, s:I, s:f}", "precision", c->teacher_precision, "weights", t.p->o.weights == WEIGHTS_STREAMED ? "streamed" : "resident", "kind", shard_kind_name(o.kind),
-                       "k", o.k, "draws", o.draws, "temperatures", o.nT, "row_length", (json_int_t)L, "pass_rows", (json_int_t)batch, "passes", (json_int_t)(rows / batch), "seconds", seconds);
+    b->how = json_pack("{s:s, s:s, s:s, s:i, s:i, s:i, s:I, s:I}", "precision", c->teacher_precision, "weights", t.p->o.weights == WEIGHTS_STREAMED ? "streamed" : "resident", "kind", shard_kind_name(o.kind),
+                       "k", o.k, "draws", o.draws, "temperatures", o.nT, "row_length", (json_int_t)L, "pass_rows", (json_int_t)batch);
     printf("        the writer's thread was at work %.2f s, %.1f %% of the time, beside the device\n", t.writing, 100 * t.writing / seconds);
     bench_figure(b, "writer_busy", t.writing / seconds, "share of time");
     bench_memory_end(b, t.p->plan);
@@ -175,7 +175,7 @@ int bench_teacher(const struct config *c, const char *shape)
     dump_pipeline_free(t.p);
     t.p = NULL;
     TRY(bench_rates(b, bench_teacher_positions(b)));
-    bench_report(b, &pass, (double)(rows * L), seconds);
+    bench_report(b, &pass, (double)(rows * L), seconds, rows / batch);
 out:
     shard_writer_close(t.writer);
     dump_pipeline_free(t.p);

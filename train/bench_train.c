@@ -78,7 +78,6 @@ int bench_train(const struct config *c, const char *shape)
     TRY(bench_open(b, "train", c, shape));
     int64_t V = b->config->vocab_size, N = c->train_micro_rows * c->corpus_row_length, steps = 0;
     while (strcmp(c->shards_kind, shard_kind_name((enum shard_kind)kind))) kind++;
-    if (kind == SHARD_FULL) { rc = fail(ERR_USAGE, "shards.kind is full: bench train steps on topk, hybrid or sampled targets; distill bench kernels times the objective on all logits"); goto out; }
     bool samples = kind != SHARD_TOPK;                      /* as train reads a hybrid dataset: its head and its draws with weights */
     int64_t stored = kind == SHARD_SAMPLED ? c->shards_draws : c->shards_k + (samples ? c->shards_m : 0);
     int k = stored < V ? (int)stored : (int)V;
@@ -121,15 +120,14 @@ int bench_train(const struct config *c, const char *shape)
     }
     b->be->ops->sync(b->be);
     seconds = now_seconds() - start;
-    b->how = json_pack("{s:s, s:s, s:s, s:I, s:I, s:I, s:s, s:i, s:b, s:I, s:f}", "matmul", c->train_matmul, "recipe", recipe, "recompute", c->train_recompute, "row_length", (json_int_t)c->corpus_row_length,
-                       "micro_rows", (json_int_t)c->train_micro_rows, "batch_rows", (json_int_t)c->train_batch_rows, "kind", c->shards_kind, "ids", k, "deterministic", c->train_deterministic,
-                       "steps", (json_int_t)steps, "seconds", seconds);
+    b->how = json_pack("{s:s, s:s, s:s, s:I, s:I, s:I, s:s, s:i, s:b}", "matmul", c->train_matmul, "recipe", recipe, "recompute", c->train_recompute, "row_length", (json_int_t)c->corpus_row_length,
+                       "micro_rows", (json_int_t)c->train_micro_rows, "batch_rows", (json_int_t)c->train_batch_rows, "kind", c->shards_kind, "ids", k, "deterministic", c->train_deterministic);
     printf("        %lld steps in %.1f s; KL on the same random targets %.4f -> %.4f\n", (long long)steps, seconds, first, t.kd);
     bench_memory_end(b, t.plan);
     TRY(by_phase(&t));
     release(&t);
     TRY(bench_rates(b, N));
-    bench_report(b, &pass, (double)(steps * pass.step_tokens), seconds);
+    bench_report(b, &pass, (double)(steps * pass.step_tokens), seconds, steps);
 out:
     for (int i = 0; t.batch && i < t.accum; i++) batch_free(t.batch[i]);
     free(t.batch);

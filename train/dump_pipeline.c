@@ -65,7 +65,7 @@ static void plan(struct dump_pipeline *p, const struct model_config *c, int64_t 
     const struct dump_options *o = &p->o;
     int64_t N = batch_rows * o->row_length;
     struct model_options m = {.N = N, .max_doc = o->row_length, .head_rows = o->chunk_tokens < N ? o->chunk_tokens : N, .ffn_rows = N < FFN_POSITIONS ? N : FFN_POSITIONS,
-                              .layer_slots = streamed ? 2 : 0, .fp8 = o->fp8, .native_first = o->native_first, .native_last = o->native_last};
+                              .layer_slots = streamed ? 2 : 0, .blocks_key = o->fp8 ? NULL : "the model (teacher.precision: fp8 halves its blocks)", .fp8 = o->fp8, .native_first = o->native_first, .native_last = o->native_last};
     size_t nT = (size_t)o->nT;
     p->run = xcalloc(1, sizeof *p->run);
     p->plan = memory_plan_new(p->be);

@@ -178,6 +178,10 @@ static int student_add(struct measurement *x)
         rc = fail(ERR_MISMATCH, "%s has %lld columns, the teacher %d valid ids: give it the teacher's vocabulary", c->student_path, (long long)x->student->config->vocab_size, x->p->manifest->valid_vocab);
         goto out;
     }
+    if (model_check_device(be, x->student->config, c->student_path) != OK) {
+        warn("%s; the table is made with a stand-in", fail_message());
+        goto out;
+    }
     struct model_options o = {.N = x->p->model->o.N, .max_doc = x->p->model->o.max_doc, .head_rows = WINDOW};
     x->scratch = be->scratch;
     x->scratch_bytes = be->scratch_bytes;

@@ -397,10 +397,16 @@ static int load_models(struct eval *e)
     for (int i = 0; i < e->n; i++) TRY(model_check_device(e->be, e->column[i].files->config, e->column[i].files->path));
     plan_models(e, !strcmp(c->teacher_weights, "streamed"));
     if (!strcmp(c->teacher_weights, "auto") && e->teacher && !e->be->host_memory && !memory_fits(e->plan, limit)) {
+        char *resident;
+        memory_check(e->plan, limit);
+        resident = xstrdup(fail_message());
         unplan_models(e);
         plan_models(e, true);
-    }
-    TRY(memory_commit(e->plan, limit));
+        rc = memory_commit(e->plan, limit);
+        if (rc != OK) rc = fail(rc, "%s (eval.batch_rows among it). With the teacher's blocks streamed: %s", resident, fail_message());
+        free(resident);
+    } else rc = memory_commit(e->plan, limit);
+    if (rc != OK) goto out;
     for (int i = 0; i < e->n; i++) {
         model_ready(e->column[i].model);
         TRY(model_files_load(e->column[i].files, e->column[i].model));

@@ -55,7 +55,8 @@ static void loaded_close(struct loaded *l)
 
 static int loaded_open(struct export *e, struct loaded *l, const struct model_config *c)
 {
-    int rc = OK;
+    int rc = model_check_device(e->be, c, e->o->model);
+    if (rc != OK) return rc;
     l->plan = memory_plan_new(e->be);
     struct model_options o = {.N = e->positions, .max_doc = e->positions, .head_rows = e->positions};
     l->model = model_new(e->be, c, &o, l->plan);
@@ -490,6 +491,7 @@ int command_export(int argc, char **argv)
     if (help) goto out;
     TRY(checkpoint_or(c->export_model, c->run_dir, "export.model", &model));
     tokenizer_dir = find_tokenizer_dir(c, (const char *const[]){model, NULL});
+    if (tokenizer_dir && strcmp(c->export_format, "gguf")) TRY(check_tokenizer_dir(tokenizer_dir));
     TRY(check_tokenizer(model, tokenizer_dir));
     struct export_options o = {.model = model, .tokenizer_dir = tokenizer_dir, .path = c->export_path, .gguf = !strcmp(c->export_format, "gguf"),
                                .max_file_bytes = (size_t)c->export_max_file_mib << 20, .memory_limit = (size_t)(c->memory_limit_gib * 0x1p30),

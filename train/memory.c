@@ -100,8 +100,9 @@ int memory_check(const struct memory_plan *m, size_t limit)
         return fail(ERR_IO, "device %s: the run needs %.2f GiB and may use %.2f GiB; the largest part is %s with %.2f GiB: make %s smaller",
                     m->be->name, (double)total / 0x1p30, (double)limit / 0x1p30, largest->name, (double)largest->bytes / 0x1p30, largest->key);
     largest = largest_row(m, true);
-    if ((int64_t)host > host_available)                     /* else a container is killed, without a word, while it is pinned */
-        return fail(ERR_IO, "host memory: the run needs %.2f GiB that device %s can copy from, and %.2f GiB can be had; the largest part is %s with %.2f GiB: make %s smaller",
+    if (m->be->host_memory && largest) host += total;       /* all of it is the host's */
+    if (largest && (int64_t)host > host_available)                     /* else a container is killed, without a word, while it is pinned */
+        return fail(ERR_IO, "host memory: the run needs %.2f GiB, for device %s to copy from, and %.2f GiB can be had; the largest part is %s with %.2f GiB: make %s smaller",
                     (double)host / 0x1p30, m->be->name, (double)host_available / 0x1p30, largest->name, (double)largest->bytes / 0x1p30, largest->key);
     return OK;
 }

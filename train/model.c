@@ -158,7 +158,7 @@ struct model *model_new(struct backend *be, const struct model_config *c, const 
     int64_t blocks = m->home.layout.block_at[c->n_layers] - m->home.layout.block_at[0];
     if (o->layer_slots) {
         CHECK(o->layer_slots >= 2 && o->layer_slots <= STREAM_SLOTS, "%d places for streamed blocks", o->layer_slots);
-        memory_add_host(plan, "blocks in host memory", o->fp8 ? "the model" : "the model (teacher.precision: fp8 halves its blocks)", &m->home.host, (size_t)blocks);
+        memory_add_host(plan, "blocks in host memory", o->blocks_key ? o->blocks_key : "the model", &m->home.host, (size_t)blocks);
         for (int i = 0; i < o->layer_slots; i++) memory_add(plan, "blocks on the device", "the model", &m->slot[i], (size_t)m->home.layout.block);
     }
     if (o->mapped) memory_add(plan, "blocks on the device", "the model", &m->home.block, (size_t)m->home.layout.block);

@@ -47,6 +47,7 @@ struct model_options {
     bool train;               /* gradients and activations for a backward */
     enum recompute recompute;
     bool cache;               /* generation: a KV cache of max_doc positions instead of packed attention */
+    const char *blocks_key;   /* what makes streamed blocks smaller, for a message; NULL: the model alone */
     int64_t ffn_rows;         /* inference: positions that pass through the MLP at a time, its buffers being the widest; 0: all N. In fp8 on CUDA a multiple of 4, or all N */
     bool fp8;                 /* the products of the blocks in fp8; embedding, head and attention stay as they are. Only where model_check_fp8() is OK */
     int native_first, native_last;   /* but not of so many blocks at the two ends */

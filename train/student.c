@@ -62,7 +62,6 @@ int student_open(struct student **out, const struct config *c)
         TRY(model_config_read(&s->config, c->student_path));
     }
     s->tokenizer_dir = find_tokenizer_dir(c, (const char *const[]){c->student_path, c->teacher_path, NULL});
-    if (s->tokenizer_dir) TRY(check_tokenizer_dir(s->tokenizer_dir));
     *out = s;
     s = NULL;
 out:

@@ -313,6 +313,7 @@ int trainer_open(struct trainer **out, const struct config *c, bool plan_only)
     TRY(check_keys(c));
     TRY(targets_objective(&t->loss, c));
     TRY(student_open(&t->student, c));
+    if (t->student->tokenizer_dir) TRY(check_tokenizer_dir(t->student->tokenizer_dir));
     if (t->student->tokenizer_dir) TRY(tokenizer_open(&t->tokenizer, t->student->tokenizer_dir));
     TRY(from_corpus(c) ? open_corpus(t) : open_shards(t));
     if (t->row_length > t->student->config->max_position) {
