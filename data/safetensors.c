@@ -582,16 +582,16 @@ const struct tensor_view *tensor_set_find(const struct tensor_set *s, const char
 
 enum { HASHED = 16 << 20, HASHED_READ = 1 << 20 };            /* bytes of a tensor that have a hash of their own; of a read */
 
-/* Bytes [from, from + n) of a tensor: their SHA-256 */
-static int hash_of_bytes(const struct tensor_set *s, const struct tensor_view *t, size_t from, size_t n, char *buffer, char hex[SHA256_HEX])
+/* `count` elements from `first` on: the SHA-256 of their bytes */
+static int hash_of_elements(const struct tensor_set *s, const struct tensor_view *t, int64_t first, int64_t count, char *buffer, char hex[SHA256_HEX])
 {
-    const struct mapped_file *f = &s->files[t->file];
+    int64_t width = (int64_t)dtype_bytes(t->dtype), most = HASHED_READ / width;
     struct sha256 *h = sha256_new();
     int rc = OK;
-    for (size_t done = 0; rc == OK && done < n; done += HASHED_READ) {
-        size_t bytes = n - done < HASHED_READ ? n - done : HASHED_READ;
-        rc = file_pread(f->fd, buffer, bytes, (const char *)t->data - (const char *)f->map + (int64_t)(from + done), f->path);
-        if (rc == OK) sha256_add(h, buffer, bytes);
+    for (int64_t done = 0, n; rc == OK && done < count; done += n) {
+        n = count - done < most ? count - done : most;
+        rc = tensor_read(s, t, first + done, n, buffer);
+        if (rc == OK) sha256_add(h, buffer, (size_t)(n * width));
     }
     sha256_hex(h, hex);
     return rc;
@@ -599,20 +599,23 @@ static int hash_of_bytes(const struct tensor_set *s, const struct tensor_view *t
 
 int tensor_set_hash(const struct tensor_set *s, char hex[65])
 {
-    struct part { int tensor; size_t from; char hex[SHA256_HEX]; } *part;
+    struct part { int tensor; int64_t first, count; char hex[SHA256_HEX]; } *part;
     int64_t parts = 0, made = 0;
     int failed = OK;
     char message[1024] = "";
     for (int i = 0; i < s->n; i++) parts += (int64_t)((tensor_set_at(s, i)->bytes + HASHED - 1) / HASHED);
     part = xmalloc((size_t)(parts + 1) * sizeof *part);
-    for (int i = 0; i < s->n; i++) for (size_t from = 0; from < tensor_set_at(s, i)->bytes; from += HASHED) part[made++] = (struct part){i, from, ""};
+    for (int i = 0; i < s->n; i++) {
+        const struct tensor_view *t = tensor_set_at(s, i);
+        int64_t most = HASHED / (int64_t)dtype_bytes(t->dtype);
+        for (int64_t first = 0; first < t->count; first += most) part[made++] = (struct part){i, first, t->count - first < most ? t->count - first : most, ""};
+    }
     #pragma omp parallel
     {
         char *buffer = xmalloc(HASHED_READ);
         #pragma omp for schedule(dynamic, 1)
         for (int64_t p = 0; p < parts; p++) {
-            const struct tensor_view *t = tensor_set_at(s, part[p].tensor);
-            int rc = hash_of_bytes(s, t, part[p].from, t->bytes - part[p].from < HASHED ? t->bytes - part[p].from : HASHED, buffer, part[p].hex);
+            int rc = hash_of_elements(s, tensor_set_at(s, part[p].tensor), part[p].first, part[p].count, buffer, part[p].hex);
             if (rc == OK) continue;
             #pragma omp critical(tensor_set_hash)
             if (failed == OK) {

@@ -541,13 +541,13 @@ int command_bench(int argc, char **argv)
     const char *student = *c->student_config ? c->student_config : c->student_path, *teacher = *c->teacher_path ? c->teacher_path : student;
     if (!*student && !*teacher) { rc = fail(ERR_USAGE, "set student.config (or student.path, teacher.path): a config.json gives the shape to measure"); goto out; }
     if (a.part && !strcmp(a.part, "train") && !*student) { rc = fail(ERR_USAGE, "set student.config (or student.path) to the shape to train"); goto out; }
-    bool full = !strcmp(c->shards_kind, "full");
-    if (full && a.part && !strcmp(a.part, "train")) {
+    bool train = *student && (!a.part || !strcmp(a.part, "train")), full = train && !strcmp(c->shards_kind, "full");
+    if (full && a.part) {
         rc = fail(ERR_USAGE, "shards.kind is full: bench train steps on topk, hybrid or sampled targets; distill bench kernels times the objective on all logits");
         goto out;
     }
-    if (full && !a.part && *student) warn("shards.kind is full: steps are measured on topk, hybrid or sampled targets, so the student is left out");
-    if ((!a.part && !full) || (a.part && !strcmp(a.part, "train"))) if (*student) TRY(bench_train(c, student));
+    if (full) warn("shards.kind is full: steps are measured on topk, hybrid or sampled targets, so the student is left out");
+    else if (train) TRY(bench_train(c, student));
     if (!a.part || !strcmp(a.part, "teacher")) TRY(bench_teacher(c, teacher));
     if (a.part && !strcmp(a.part, "kernels")) {
         if (*student) TRY(bench_kernels(c, student, false, a.n_words, a.words));

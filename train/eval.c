@@ -403,7 +403,7 @@ static int load_models(struct eval *e)
         unplan_models(e);
         plan_models(e, true);
         rc = memory_commit(e->plan, limit);
-        if (rc != OK) rc = fail(rc, "%s (eval.batch_rows among it). With the teacher's blocks streamed: %s", resident, fail_message());
+        if (rc != OK) rc = fail(rc, "%s, or eval.batch_rows. With the teacher's blocks streamed, %s", resident, fail_message());
         free(resident);
     } else rc = memory_commit(e->plan, limit);
     if (rc != OK) goto out;

@@ -1,7 +1,6 @@
 /* The CPU backend: the table, and memory that is ordinary host memory. Everything is fp32; every op runs to its end before it returns. */
 #include <string.h>
 #include <time.h>
-#include <unistd.h>
 
 #include "base/error.h"
 #include "base/host_memory.h"

@@ -8,7 +8,7 @@
  * group that see the key. No atomics. */
 #include "kernels/cuda/common.cuh"
 
-enum { WARPS = 4, CACHED_WARPS = 8, MAX_D = 256, COLUMNS = MAX_D / 32 };
+enum { WARPS = 4, CACHED_WARPS = 8, MAX_D = CUDA_WIDEST_HEAD, COLUMNS = MAX_D / 32 };
 
 /* The document of position i: [begin, end). false: i belongs to none. */
 __device__ __forceinline__ bool document_of(int64_t i, const int32_t *doc_begin, int64_t n_docs, int64_t &begin, int64_t &end)

@@ -233,7 +233,7 @@ int cuda_backend_open(struct backend **out, const struct backend_options *o)
     int rc = OK, devices = 0;
     struct cuda_state *s = xcalloc(1, sizeof *s);
     struct backend *be = xcalloc(1, sizeof *be);
-    *be = (struct backend){.name = "cuda", .ops = &cuda_ops, .fp8_multiple = CUDA_FP8_MULTIPLE, .widest_head = 256, .widest_norm = 4096, .state = s, .description = s->description};
+    *be = (struct backend){.name = "cuda", .ops = &cuda_ops, .fp8_multiple = CUDA_FP8_MULTIPLE, .widest_head = CUDA_WIDEST_HEAD, .widest_norm = CUDA_WIDEST_NORM, .state = s, .description = s->description};
     TRY(choose_types(be, o));
     s->deterministic = o->deterministic;
     cudaError_t code = cudaGetDeviceCount(&devices);

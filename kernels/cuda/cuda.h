@@ -110,6 +110,9 @@ void cuda_attention_fill_offsets(struct backend *be, const struct attention_offs
 void cuda_random_normal(struct backend *be, act *x, int64_t count, float mean, float std, uint64_t seed, int64_t first);
 void cuda_embed_forward(struct backend *be, act *x, const int32_t *tokens, const act *table, int64_t N, int64_t C);
 void cuda_embed_backward(struct backend *be, grad *dtable, const act *dx, const int32_t *tokens, int64_t N, int64_t C, int64_t V);
+/* What these kernels take, as the backend tells (backend.h) */
+enum { CUDA_WIDEST_HEAD = 256,                  /* D, of attention and q/k norm */
+       CUDA_WIDEST_NORM = 4096 };               /* vectors of a row, or its numbers where it is no whole vectors */
 void cuda_rmsnorm_forward(struct backend *be, act *y, float *rstd, act *sum, const act *x, const act *r, const act *w, int64_t N, int64_t C, float eps);
 void cuda_rmsnorm_forward_fp8(struct backend *be, const struct fp8 *y8, float *rstd, act *sum, const act *x, const act *r, const act *w, int64_t N, int64_t C, float eps);
 void cuda_rmsnorm_backward(struct backend *be, act *dx, grad *dw, const act *dres, const act *dy, const act *x, const act *w, const float *rstd, int64_t N, int64_t C);

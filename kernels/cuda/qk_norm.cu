@@ -3,7 +3,7 @@
  * groups of a block add theirs up through shared memory and the blocks theirs through scratch, both in order. */
 #include "kernels/cuda/common.cuh"
 
-enum { THREADS = 256, MAX_D = 256 };
+enum { THREADS = 256, MAX_D = CUDA_WIDEST_HEAD };
 
 template <int G> __device__ __forceinline__ float group_sum(float x)
 {

@@ -10,6 +10,7 @@
 #include "kernels/cuda/fp8.cuh"
 
 enum { FORWARD_THREADS = 1024, BACKWARD_THREADS = 512 };   /* 64 and 128 registers */
+static_assert(4 * FORWARD_THREADS == CUDA_WIDEST_NORM && 8 * BACKWARD_THREADS == CUDA_WIDEST_NORM, "the most vectors of a thread");
 
 /* ROUND: y goes to y8 alone */
 template <typename T, int W, int VPT, bool ROUND>
