@@ -6,7 +6,7 @@
 const char *const time_phase_names[PHASE_COUNT] = {"products", "attention", "norm and pointwise", "rounding to fp8", "LM head and objective", "optimizer", "embedding and other"};
 
 enum timed_name { LINEAR_FORWARD, LINEAR_BACKWARD_INPUT, LINEAR_BACKWARD_WEIGHT, ATTENTION_FORWARD, ATTENTION_BACKWARD, RMSNORM_FORWARD, RMSNORM_BACKWARD, QK_NORM_FORWARD,
-                  QK_NORM_BACKWARD, ROPE_FORWARD, ROPE_BACKWARD, SWIGLU_FORWARD, SWIGLU_BACKWARD, RMSNORM_FORWARD_FP8, SWIGLU_FORWARD_FP8, SWIGLU_BACKWARD_FP8, QUANTIZE, QUANTIZE_WEIGHT, FORWARD_FP8, BACKWARD_WEIGHT_FP8, FP8_COUNT, HEAD_FORWARD, HEAD_BACKWARD_INPUT, HEAD_BACKWARD_WEIGHT, DISTILL_LOSS,
+                  QK_NORM_BACKWARD, ROPE_FORWARD, ROPE_BACKWARD, SWIGLU_FORWARD, SWIGLU_BACKWARD, RMSNORM_FORWARD_FP8, RMSNORM_BACKWARD_FP8, ROPE_BACKWARD_FP8, SWIGLU_FORWARD_FP8, SWIGLU_BACKWARD_FP8, QUANTIZE, QUANTIZE_WEIGHT, FORWARD_FP8, BACKWARD_WEIGHT_FP8, FP8_COUNT, HEAD_FORWARD, HEAD_BACKWARD_INPUT, HEAD_BACKWARD_WEIGHT, DISTILL_LOSS,
                   TEACHER_TARGETS, SAMPLE_TARGETS, SUM_ROWS, SUM_SQUARES, ADAMW, EMBED_FORWARD, EMBED_BACKWARD, FILL_ZERO, COPY, UPLOAD, DOWNLOAD, DOWNLOAD_ASYNC, TIMED_COUNT };
 
 static const struct timed_op names[TIMED_COUNT] = {
@@ -16,7 +16,7 @@ static const struct timed_op names[TIMED_COUNT] = {
     [RMSNORM_BACKWARD] = {"rmsnorm_backward", PHASE_POINTWISE, 0, 0}, [QK_NORM_FORWARD] = {"qk_norm_forward", PHASE_POINTWISE, 0, 0},
     [QK_NORM_BACKWARD] = {"qk_norm_backward", PHASE_POINTWISE, 0, 0}, [ROPE_FORWARD] = {"rope_forward", PHASE_POINTWISE, 0, 0}, [ROPE_BACKWARD] = {"rope_backward", PHASE_POINTWISE, 0, 0},
     [SWIGLU_FORWARD] = {"swiglu_forward", PHASE_POINTWISE, 0, 0}, [SWIGLU_BACKWARD] = {"swiglu_backward", PHASE_POINTWISE, 0, 0},
-    [RMSNORM_FORWARD_FP8] = {"rmsnorm_forward_fp8", PHASE_POINTWISE, 0, 0}, [SWIGLU_FORWARD_FP8] = {"swiglu_forward_fp8", PHASE_POINTWISE, 0, 0},
+    [RMSNORM_FORWARD_FP8] = {"rmsnorm_forward_fp8", PHASE_POINTWISE, 0, 0}, [RMSNORM_BACKWARD_FP8] = {"rmsnorm_backward_fp8", PHASE_POINTWISE, 0, 0}, [ROPE_BACKWARD_FP8] = {"rope_backward_fp8", PHASE_POINTWISE, 0, 0}, [SWIGLU_FORWARD_FP8] = {"swiglu_forward_fp8", PHASE_POINTWISE, 0, 0},
     [SWIGLU_BACKWARD_FP8] = {"swiglu_backward_fp8", PHASE_POINTWISE, 0, 0}, [HEAD_FORWARD] = {"head forward", PHASE_HEAD, 0, 0},
     [HEAD_BACKWARD_INPUT] = {"head backward_input", PHASE_HEAD, 0, 0}, [HEAD_BACKWARD_WEIGHT] = {"head backward_weight", PHASE_HEAD, 0, 0}, [DISTILL_LOSS] = {"distill_loss", PHASE_HEAD, 0, 0},
     [TEACHER_TARGETS] = {"teacher_targets", PHASE_HEAD, 0, 0}, [SAMPLE_TARGETS] = {"sample_targets", PHASE_HEAD, 0, 0}, [SUM_ROWS] = {"sum_rows", PHASE_HEAD, 0, 0}, [SUM_SQUARES] = {"sum_squares", PHASE_OPTIMIZER, 0, 0},
@@ -91,6 +91,11 @@ TIMED(swiglu_backward, SWIGLU_BACKWARD, (act *d_gate_up, const act *dh, const ac
 TIMED(rmsnorm_forward_fp8, RMSNORM_FORWARD_FP8, (const struct fp8 *y8, float *rstd, act *sum, const act *x, const act *r, const act *w, int64_t N, int64_t C, float eps),
       (y8, rstd, sum, x, r, w, N, C, eps))
 TIMED(swiglu_forward_fp8, SWIGLU_FORWARD_FP8, (const struct fp8 *h8, const act *gate_up, int64_t N, int64_t F), (h8, gate_up, N, F))
+TIMED(rmsnorm_backward_fp8, RMSNORM_BACKWARD_FP8, (act *dx, const struct fp8 *dx8, grad *dw, const act *dres, const act *dy, const act *x, const act *w, const float *rstd, int64_t N, int64_t C),
+      (dx, dx8, dw, dres, dy, x, w, rstd, N, C))
+TIMED(rope_backward_fp8, ROPE_BACKWARD_FP8,
+      (const struct fp8 *d8, act *dqkv, const act *dq, const act *dk, const act *dv, const float *cos, const float *sin, const int32_t *position, int64_t N, int Hq, int Hkv, int D),
+      (d8, dqkv, dq, dk, dv, cos, sin, position, N, Hq, Hkv, D))
 TIMED(swiglu_backward_fp8, SWIGLU_BACKWARD_FP8, (const struct fp8 *d8, const act *dh, const act *gate_up, int64_t N, int64_t F), (d8, dh, gate_up, N, F))
 TIMED(quantize, QUANTIZE, (const struct fp8 *y, const act *x, int64_t R, int64_t K), (y, x, R, K))
 TIMED(quantize_weight, QUANTIZE_WEIGHT, (const struct fp8 *w8, const struct fp8 *t8, const act *w, int64_t O, int64_t C), (w8, t8, w, O, C))
@@ -125,7 +130,7 @@ struct backend *timed_backend(struct backend *inner, int64_t head_columns)
     inner->ops->mark(inner, TIMED_FIRST_MARK + 2 * TIMED_MAX_CALLS - 1);   /* all places are made now: another thread may be waiting for a mark while ops are timed */
 #define PUT(op) t->ops.op = timed_##op
     PUT(linear_forward); PUT(linear_backward_input); PUT(linear_backward_weight); PUT(attention_forward); PUT(attention_backward); PUT(rmsnorm_forward); PUT(rmsnorm_backward);
-    PUT(qk_norm_forward); PUT(qk_norm_backward); PUT(rope_forward); PUT(rope_backward); PUT(swiglu_forward); PUT(swiglu_backward); PUT(rmsnorm_forward_fp8); PUT(swiglu_forward_fp8); PUT(swiglu_backward_fp8); PUT(distill_loss); PUT(teacher_targets); PUT(sample_targets);
+    PUT(qk_norm_forward); PUT(qk_norm_backward); PUT(rope_forward); PUT(rope_backward); PUT(swiglu_forward); PUT(swiglu_backward); PUT(rmsnorm_forward_fp8); PUT(rmsnorm_backward_fp8); PUT(rope_backward_fp8); PUT(swiglu_forward_fp8); PUT(swiglu_backward_fp8); PUT(distill_loss); PUT(teacher_targets); PUT(sample_targets);
     PUT(sum_rows); PUT(sum_squares); PUT(adamw); PUT(embed_forward); PUT(embed_backward); PUT(fill_zero); PUT(copy); PUT(upload); PUT(download); PUT(download_async);
     PUT(quantize); PUT(quantize_weight); PUT(linear_forward_fp8); PUT(linear_backward_weight_fp8); PUT(fp8_count);
 #undef PUT

@@ -351,14 +351,14 @@ static int limit_rows(const struct bench *b, const struct pass *p, struct row *r
     ROW("loss", ROW_BYTES, 2 * V * e + 8 * K, "2 V e + 8 K: logits -> their gradient, in place");
     if (L8 > 0) ROW("layers backward, fp8", ROW_FP8, 4 * L8 * P, "4 L8 P");
     if (N > 0) ROW("layers backward", ROW_PRODUCT, 4 * N * P, L8 > 0 ? "4 N P" : "4 L P");
-    if (b->fp8) ROW("rounding gradients", ROW_BYTES, L8 * (W + 2 * C) * (e + 1), "L8 (W + 2 C) (e + 1): dy -> fp8; that of gate and up is written so");
+    if (b->fp8 && c->qk_norm) ROW("rounding gradients", ROW_BYTES, L8 * W * (e + 1), "L8 W (e + 1): those of q, k, v -> fp8; the others are written so");
     if (b->fp8) ROW("transposing for dw", ROW_BYTES, 2 * L8 * (4 * C + q + W + 3 * F), "2 L8 (4 C + Hq D + W + 3 F): x, dy -> their transposes, a byte each");
     if (b->fp8) ROW("rounding weights", ROW_BYTES, L8 * P * (e + 3) / (double)(p->step_tokens ? p->step_tokens : 1), "L8 P (e + 3) / tokens per step: w -> fp8 -> its transpose");
     ROW("head backward", ROW_PRODUCT, 2 * head, "4 C V");
     ROW("attention backward", ROW_ATTENTION_BACK, 2.5 * attention, "2.5 x forward");
-    ROW("norm backward", ROW_BYTES, (8 * L + 3) * C * e, "(8 L + 3) C e: dres, dy, s -> dx");
+    ROW("norm backward", ROW_BYTES, (8 * L + 3) * C * e + 2 * L8 * C, b->fp8 ? "(8 L + 3) C e + 2 L8 C: dres, dy, s -> dx, and in fp8" : "(8 L + 3) C e: dres, dy, s -> dx");
     if (c->qk_norm) ROW("q/k norm backward", ROW_BYTES, 3 * L * (q + (W - q) / 2) * e, "3 L (Hq + Hkv) D e: dy, x -> dx, v stays");
-    ROW("rope backward", ROW_BYTES, 2 * L * W * e, "2 L W e");
+    ROW("rope backward", ROW_BYTES, L * W * e + (c->qk_norm ? L * e : h) * W, b->fp8 && !c->qk_norm ? "W (L e + L8 + N e): its result in fp8" : "2 L W e");
     ROW("swiglu backward", ROW_BYTES, 3 * L * F * e + 2 * F * h, b->fp8 ? "F (3 L e + 2 L8 + 2 N e): dh, gate, up -> dgate, dup in fp8" : "5 L F e: dh, gate, up -> dgate, dup");
     ROW("embedding backward", ROW_BYTES, C * e + 2 * C * g, "C e + 2 C g");
     double twice = block ? P - C * F : ffn ? 2 * C * F : 0;                   /* of a layer's products, those that are computed once more */

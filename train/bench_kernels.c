@@ -137,10 +137,12 @@ CALL(call_linear_weight_fp8) { OP->linear_backward_weight_fp8(BE, at(k, 4), NULL
 CALL(call_norm) { OP->rmsnorm_forward(BE, at(k, 0), at(k, 1), at(k, 2), at(k, 3), at(k, 4), at(k, 5), k->N, k->C, 1e-6f); }
 CALL(call_norm_back) { OP->rmsnorm_backward(BE, at(k, 0), at(k, 6), at(k, 2), at(k, 3), at(k, 4), at(k, 5), at(k, 1), k->N, k->C); }
 CALL(call_norm_fp8) { OP->rmsnorm_forward_fp8(BE, (struct fp8[]){matrix(k, ROUNDED, k->N, k->C)}, at(k, 1), at(k, 2), at(k, 3), at(k, 4), at(k, 5), k->N, k->C, 1e-6f); }
+CALL(call_norm_back_fp8) { OP->rmsnorm_backward_fp8(BE, at(k, 0), (struct fp8[]){matrix(k, ROUNDED, k->N, k->C)}, at(k, 6), at(k, 2), at(k, 3), at(k, 4), at(k, 5), at(k, 1), k->N, k->C); }
 CALL(call_qk_norm) { OP->qk_norm_forward(BE, at(k, 0), at(k, 1), at(k, 2), at(k, 3), at(k, 3), k->N, HEADS, 1e-6f); }
 CALL(call_qk_norm_back) { OP->qk_norm_backward(BE, at(k, 4), at(k, 5), at(k, 5), at(k, 0), at(k, 2), at(k, 3), at(k, 3), at(k, 1), k->N, HEADS); }
 CALL(call_rope) { OP->rope_forward(BE, at(k, 1), at(k, 2), at(k, 3), at(k, 0), at(k, 4), at(k, 4), at(k, 5), k->N, HEADS); }
 CALL(call_rope_back) { OP->rope_backward(BE, at(k, 0), at(k, 1), at(k, 2), at(k, 3), at(k, 4), at(k, 4), at(k, 5), k->N, HEADS); }
+CALL(call_rope_back_fp8) { OP->rope_backward_fp8(BE, (struct fp8[]){matrix(k, ROUNDED, k->N, (k->Hq + 2 * k->Hkv) * k->D)}, at(k, 0), at(k, 1), at(k, 2), at(k, 3), at(k, 4), at(k, 4), at(k, 5), k->N, HEADS); }
 CALL(call_swiglu) { OP->swiglu_forward(BE, at(k, 0), at(k, 1), k->N, k->F); }
 CALL(call_swiglu_back) { OP->swiglu_backward(BE, at(k, 2), at(k, 0), at(k, 1), k->N, k->F); }
 CALL(call_swiglu_fp8) { OP->swiglu_forward_fp8(BE, (struct fp8[]){matrix(k, ROUNDED, k->N, k->F)}, at(k, 1), k->N, k->F); }
@@ -242,7 +244,12 @@ static void memory(struct kernels *k)
 
 static bool fp8_wanted(const struct kernels *k, const char *name) { return k->b.be->fp8 && wanted(k, name); }
 
-static bool rounding_wanted(const struct kernels *k) { return fp8_wanted(k, "rmsnorm_forward_fp8") || fp8_wanted(k, "swiglu_forward_fp8") || fp8_wanted(k, "swiglu_backward_fp8"); }
+static bool rounding_wanted(const struct kernels *k)
+{
+    static const char *const names[] = {"rmsnorm_forward_fp8", "rmsnorm_backward_fp8", "rope_backward_fp8", "swiglu_forward_fp8", "swiglu_backward_fp8"};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) if (fp8_wanted(k, names[i])) return true;
+    return false;
+}
 
 /* Rows of an op that writes them rounded, `width` wide; its argument is there only where it is measured. */
 static bool rounds(struct kernels *k, const char *name, int64_t width)
@@ -256,7 +263,7 @@ static void pointwise(struct kernels *k)
 {
     char detail[64];
     double N = (double)k->N, C = (double)k->C, F = (double)k->F, q = (double)(k->Hq * k->D), kv = (double)(k->Hkv * k->D), row = q + 2 * kv, e = k->e;
-    if (wanted(k, "rmsnorm_forward") || wanted(k, "rmsnorm_backward") || fp8_wanted(k, "rmsnorm_forward_fp8")) {
+    if (wanted(k, "rmsnorm_forward") || wanted(k, "rmsnorm_backward") || fp8_wanted(k, "rmsnorm_forward_fp8") || fp8_wanted(k, "rmsnorm_backward_fp8")) {
         snprintf(detail, sizeof detail, "%lld x %lld", (long long)k->N, (long long)k->C);
         set_begin(k, 4 * N * C * e);
         output(k, 0, N * C * e); output(k, 1, N * 4); normals(k, 2, N * C, 1); normals(k, 3, N * C, 1); normals(k, 4, N * C, 1); normals(k, 5, C, 1); output(k, 6, C * k->g);
@@ -264,6 +271,7 @@ static void pointwise(struct kernels *k)
         bandwidth(k, "rmsnorm_forward", detail, call_norm, 4 * N * C * e);
         if (!k->teacher) bandwidth(k, "rmsnorm_backward", detail, call_norm_back, 4 * N * C * e);
         if (rounds(k, "rmsnorm_forward_fp8", k->C)) bandwidth(k, "rmsnorm_forward_fp8", detail, call_norm_fp8, N * C * (3 * e + 1));
+        if (!k->teacher && rounds(k, "rmsnorm_backward_fp8", k->C)) bandwidth(k, "rmsnorm_backward_fp8", detail, call_norm_back_fp8, N * C * (4 * e + 1));
     }
     snprintf(detail, sizeof detail, "%lld x (%d + 2 x %d) x %d", (long long)k->N, k->Hq, k->Hkv, k->D);
     if (wanted(k, "qk_norm_forward") || wanted(k, "qk_norm_backward")) {
@@ -273,13 +281,14 @@ static void pointwise(struct kernels *k)
         bandwidth(k, "qk_norm_forward", detail, call_qk_norm, 2 * N * row * e);
         if (!k->teacher) bandwidth(k, "qk_norm_backward", detail, call_qk_norm_back, N * (3 * (q + kv) + 2 * kv) * e);
     }
-    if (wanted(k, "rope_forward") || wanted(k, "rope_backward")) {
+    if (wanted(k, "rope_forward") || wanted(k, "rope_backward") || fp8_wanted(k, "rope_backward_fp8")) {
         set_begin(k, 2 * N * row * e);
         normals(k, 0, N * row, 1); normals(k, 1, N * q, 1); normals(k, 2, N * kv, 1); normals(k, 3, N * kv, 1);
         words32_at(k, 4, k->S * k->D / 2, half_turn);
         words32_at(k, 5, k->N, in_row);
         bandwidth(k, "rope_forward", detail, call_rope, 2 * N * row * e);
         if (!k->teacher) bandwidth(k, "rope_backward", detail, call_rope_back, 2 * N * row * e);
+        if (!k->teacher && rounds(k, "rope_backward_fp8", (int64_t)row)) bandwidth(k, "rope_backward_fp8", detail, call_rope_back_fp8, N * row * (e + 1));
     }
     if (wanted(k, "swiglu_forward") || wanted(k, "swiglu_backward") || fp8_wanted(k, "swiglu_forward_fp8") || fp8_wanted(k, "swiglu_backward_fp8")) {
         snprintf(detail, sizeof detail, "%lld x %lld", (long long)k->N, (long long)k->F);

@@ -323,8 +323,8 @@ static struct attention_args attention_of(const struct model *m, int l)
                                    .D = c->head_dim, .scale = 1 / sqrtf((float)c->head_dim), .window = c->layer_slides && c->layer_slides[l] ? c->sliding_window : 0};
 }
 
-/* What the products of a block read. In fp8 these are matrices of their own, x8 and dy8: norms and swiglu write them in place of what only products read; attention's results and the
- * gradients of the residual stream and of q, k, v are rounded when a product comes to them. */
+/* What the products of a block read. In fp8 these are matrices of their own, x8 and dy8: norms and swiglu write them in place of what only products read, as does rope's
+ * backward, and norms beside the gradient of the residual stream; attention's results, and gradients of q, k, v that pass through norms of their own, are rounded when a product comes to them. */
 
 static void input_rounded(struct model *m, int l, enum product i, int64_t N)
 {
@@ -363,6 +363,17 @@ static void norm_forward(struct model *m, int l, enum product i, act *sum, const
         op->rmsnorm_forward_fp8(m->be, &a->x8[i], rstd, sum, x, r, w, m->n, m->c->hidden_size, eps);
         input_rounded(m, l, i, m->n);
     } else op->rmsnorm_forward(m->be, attn ? a->norm_attn : a->norm_mlp, rstd, sum, x, r, w, m->n, m->c->hidden_size, eps);
+}
+
+/* dy, the gradient of a norm of x, and dres of x itself -> d, in dres's memory or dy's. What reads d next is product i of layer l; -1: none of a block. */
+static void norm_backward(struct model *m, const struct param *norm, const act *dres, const act *dy, const act *x, const float *rstd, int l, enum product i)
+{
+    const struct ops *op = m->be->ops;
+    act *d = m->d_hidden;
+    if (l >= 0 && in_fp8(m, l)) {
+        op->rmsnorm_backward_fp8(m->be, d, &m->dy8, G(m, norm), dres, dy, x, W(m, norm), rstd, m->n, m->c->hidden_size);
+        gradient_rounded(m, l, i);
+    } else op->rmsnorm_backward(m->be, d, G(m, norm), dres, dy, x, W(m, norm), rstd, m->n, m->c->hidden_size);
 }
 
 /* gate_up -> h */
@@ -506,7 +517,7 @@ static void block_recompute(struct model *m, int l)
     swiglu_forward(m, l, N);
 }
 
-/* d: the gradient of the stream that leaves the layer -> of the stream that enters it. dh takes h's memory. */
+/* d, and in fp8 its rounding in dy8: the gradient of the stream that leaves the layer -> of the stream that enters it. dh takes h's memory. */
 static void block_backward(struct model *m, int l)
 {
     const struct ops *op = m->be->ops;
@@ -514,26 +525,29 @@ static void block_backward(struct model *m, int l)
     const struct layer_params *p = &m->params->layer[l];
     const struct layer_acts *a = &m->acts[l];
     int Hq = c->n_heads, Hkv = c->n_kv_heads, D = c->head_dim;
-    int64_t N = m->n, C = c->hidden_size;
+    int64_t N = m->n;
     struct attention_args args = attention_of(m, l);
     act *d = m->d_hidden;
 
     block_recompute(m, l);
-    round_gradient(m, l, PRODUCT_DOWN, d);
     product_backward(m, l, PRODUCT_DOWN, a->h, d, a->h);
     swiglu_backward(m, l);
     product_backward(m, l, PRODUCT_GATE_UP, m->d_norm, a->gate_up, a->norm_mlp);
-    op->rmsnorm_backward(m->be, d, G(m, p->mlp_norm), d, m->d_norm, a->res_mlp, W(m, p->mlp_norm), a->rstd_mlp, N, C);
+    norm_backward(m, p->mlp_norm, d, m->d_norm, a->res_mlp, a->rstd_mlp, l, PRODUCT_ATTENTION_OUT);
 
-    round_gradient(m, l, PRODUCT_ATTENTION_OUT, d);
     product_backward(m, l, PRODUCT_ATTENTION_OUT, m->d_att, d, a->att);
     op->attention_backward(m->be, m->dq, m->dk, m->dv, m->d_att, a->att, a->lse, a->q, a->k, a->v, &args);
-    op->rope_backward(m->be, m->qkv, m->dq, m->dk, m->dv, m->rope_cos, m->rope_sin, m->position, N, Hq, Hkv, D);
-    if (c->qk_norm)
-        op->qk_norm_backward(m->be, m->qkv, G(m, p->q_norm), G(m, p->k_norm), m->qkv, a->qkv_raw, W(m, p->q_norm), W(m, p->k_norm), a->rstd_qk, N, Hq, Hkv, D);
-    round_gradient(m, l, PRODUCT_QKV, m->qkv);
+    if (in_fp8(m, l) && !c->qk_norm) {
+        op->rope_backward_fp8(m->be, &m->dy8, m->qkv, m->dq, m->dk, m->dv, m->rope_cos, m->rope_sin, m->position, N, Hq, Hkv, D);
+        gradient_rounded(m, l, PRODUCT_QKV);
+    } else {
+        op->rope_backward(m->be, m->qkv, m->dq, m->dk, m->dv, m->rope_cos, m->rope_sin, m->position, N, Hq, Hkv, D);
+        if (c->qk_norm)
+            op->qk_norm_backward(m->be, m->qkv, G(m, p->q_norm), G(m, p->k_norm), m->qkv, a->qkv_raw, W(m, p->q_norm), W(m, p->k_norm), a->rstd_qk, N, Hq, Hkv, D);
+        round_gradient(m, l, PRODUCT_QKV, m->qkv);
+    }
     product_backward(m, l, PRODUCT_QKV, m->d_norm, m->qkv, a->norm_attn);
-    op->rmsnorm_backward(m->be, d, G(m, p->attn_norm), d, m->d_norm, a->res_attn, W(m, p->attn_norm), a->rstd_attn, N, C);
+    norm_backward(m, p->attn_norm, d, m->d_norm, a->res_attn, a->rstd_attn, l - 1, PRODUCT_DOWN);
 }
 
 void model_forward(struct model *m)
@@ -554,7 +568,7 @@ void model_backward(struct model *m)
 {
     const struct ops *op = m->be->ops;
     const struct model_config *c = m->c;
-    op->rmsnorm_backward(m->be, m->d_hidden, G(m, m->params->norm), NULL, m->d_hidden, m->res_final, W(m, m->params->norm), m->rstd_final, m->n, c->hidden_size);
+    norm_backward(m, m->params->norm, NULL, m->d_hidden, m->res_final, m->rstd_final, c->n_layers - 1, PRODUCT_DOWN);
     for (int l = c->n_layers - 1; l >= 0; l--) block_backward(m, l);
     op->embed_backward(m->be, G(m, m->params->embed), m->d_hidden, m->tokens, m->n, c->hidden_size, c->vocab_size);
 }

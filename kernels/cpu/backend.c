@@ -81,7 +81,7 @@ static const struct ops cpu_ops = {
     .linear_forward = cpu_linear_forward, .linear_backward_input = cpu_linear_backward_input, .linear_backward_weight = cpu_linear_backward_weight,
     .quantize = cpu_quantize, .quantize_weight = cpu_quantize_weight, .linear_forward_fp8 = cpu_linear_forward_fp8, .linear_backward_weight_fp8 = cpu_linear_backward_weight_fp8, .fp8_count = cpu_fp8_count,
     .swiglu_forward = cpu_swiglu_forward, .swiglu_backward = cpu_swiglu_backward,
-    .rmsnorm_forward_fp8 = cpu_rmsnorm_forward_fp8, .swiglu_forward_fp8 = cpu_swiglu_forward_fp8, .swiglu_backward_fp8 = cpu_swiglu_backward_fp8,
+    .rmsnorm_forward_fp8 = cpu_rmsnorm_forward_fp8, .rmsnorm_backward_fp8 = cpu_rmsnorm_backward_fp8, .rope_backward_fp8 = cpu_rope_backward_fp8, .swiglu_forward_fp8 = cpu_swiglu_forward_fp8, .swiglu_backward_fp8 = cpu_swiglu_backward_fp8,
     .distill_loss = cpu_distill_loss, .teacher_targets = cpu_teacher_targets, .sample_targets = cpu_sample_targets, .compare_logits = cpu_compare_logits,
     .sum_squares = cpu_sum_squares, .sum_rows = cpu_sum_rows, .adamw = cpu_adamw,
 };

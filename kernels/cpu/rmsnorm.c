@@ -70,3 +70,9 @@ void cpu_rmsnorm_backward(struct backend *be, act *dx_, grad *dw_, const act *dr
         }
     }
 }
+
+void cpu_rmsnorm_backward_fp8(struct backend *be, act *dx, const struct fp8 *dx8, grad *dw, const act *dres, const act *dy, const act *x, const act *w, const float *rstd, int64_t N, int64_t C)
+{
+    cpu_rmsnorm_backward(be, dx, dw, dres, dy, x, w, rstd, N, C);
+    cpu_quantize(be, dx8, dx, N, C);
+}

@@ -41,3 +41,9 @@ void cpu_rope_backward(struct backend *be, act *dqkv, const act *dq, const act *
         memcpy(out + (Hq + Hkv) * D, cfp32(dv) + n * kv_width, (size_t)kv_width * sizeof(float));
     }
 }
+
+void cpu_rope_backward_fp8(struct backend *be, const struct fp8 *d8, act *dqkv, const act *dq, const act *dk, const act *dv, const float *cos, const float *sin, const int32_t *position, int64_t N, int Hq, int Hkv, int D)
+{
+    cpu_rope_backward(be, dqkv, dq, dk, dv, cos, sin, position, N, Hq, Hkv, D);
+    cpu_quantize(be, d8, dqkv, N, (int64_t)(Hq + 2 * Hkv) * D);
+}

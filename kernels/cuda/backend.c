@@ -209,7 +209,7 @@ static const struct ops cuda_ops = {
     .quantize = cuda_quantize, .quantize_weight = cuda_quantize_weight, .linear_forward_fp8 = cuda_linear_forward_fp8, .linear_backward_weight_fp8 = cuda_linear_backward_weight_fp8,
     .fp8_count = cuda_fp8_count,
     .swiglu_forward = cuda_swiglu_forward, .swiglu_backward = cuda_swiglu_backward,
-    .rmsnorm_forward_fp8 = cuda_rmsnorm_forward_fp8, .swiglu_forward_fp8 = cuda_swiglu_forward_fp8, .swiglu_backward_fp8 = cuda_swiglu_backward_fp8,
+    .rmsnorm_forward_fp8 = cuda_rmsnorm_forward_fp8, .rmsnorm_backward_fp8 = cuda_rmsnorm_backward_fp8, .rope_backward_fp8 = cuda_rope_backward_fp8, .swiglu_forward_fp8 = cuda_swiglu_forward_fp8, .swiglu_backward_fp8 = cuda_swiglu_backward_fp8,
     .distill_loss = cuda_distill_loss, .teacher_targets = cuda_teacher_targets, .sample_targets = cuda_sample_targets, .compare_logits = cuda_compare_logits,
     .sum_squares = cuda_sum_squares, .sum_rows = cuda_sum_rows, .adamw = cuda_adamw,
 };

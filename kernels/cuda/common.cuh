@@ -136,6 +136,17 @@ template <typename V, typename Op> __device__ __forceinline__ V block_reduce_int
     __syncthreads();
     return warp_reduce(lane < (int)blockDim.x / 32 ? shared[lane] : identity, op);
 }
+/* Two of them behind one barrier, in place; 0 is the identity of both. */
+template <typename A, typename OpA, typename B, typename OpB> __device__ __forceinline__ void block_reduce_two_into(A &a, OpA op_a, A *shared_a, B &b, OpB op_b, B *shared_b)
+{
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = (int)blockDim.x / 32;
+    a = warp_reduce(a, op_a);
+    b = warp_reduce(b, op_b);
+    if (lane == 0) { shared_a[warp] = a; shared_b[warp] = b; }
+    __syncthreads();
+    a = warp_reduce(lane < warps ? shared_a[lane] : (A)0, op_a);
+    b = warp_reduce(lane < warps ? shared_b[lane] : (B)0, op_b);
+}
 template <typename V, typename Op> __device__ __forceinline__ V block_reduce(V x, V identity, Op op)
 {
     __shared__ V shared[32];

@@ -6,7 +6,8 @@
  * Backward: persistent blocks walk over rows with the next rows' loads in flight; every thread owns columns and keeps their part
  * of dw in registers, written once per block to scratch and added up in block order. Where registers hold one row ahead, too little is
  * in flight to fill the memory system, so rows of 16-byte vectors come through a ring in shared memory, asynchronously; each thread
- * reads what it asked for itself, so the ring needs no barrier. */
+ * reads what it asked for itself, so the ring needs no barrier. Rounded to fp8 as well, dx waits in registers for its largest magnitude, which the block finds together with the next
+ * row's sum: one barrier a row as without; a byte more, where quantize would read e and write one. */
 #include "kernels/cuda/fp8.cuh"
 
 enum { FORWARD_THREADS = 1024, BACKWARD_THREADS = 512 };   /* 64 and 128 registers */
@@ -107,12 +108,13 @@ __device__ __forceinline__ void copy_16_async(void *shared, const void *global)
 __device__ __forceinline__ void close_group() { asm volatile("cp.async.commit_group;"); }
 template <int N> __device__ __forceinline__ void wait_for_all_but() { asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory"); }
 
-/* dx may be dy or dres: a thread has read its columns of a row before it writes them, and nobody else reads them. RING: rows in flight, 0: one, in registers. */
-template <typename T, int W, int VPT, int RING>
-__global__ void __launch_bounds__(BACKWARD_THREADS) rmsnorm_backward_kernel(T *dx, float *part, const T *dres, const T *dy, const T *x, const T *__restrict__ w, const float *rstd,
+/* dx may be dy or dres: a thread has read its columns of a row before it writes them, and nobody else reads them. RING: rows in flight, 0: one, in registers. ROUND: dx goes to dx8, too. */
+template <typename T, int W, int VPT, int RING, bool ROUND>
+__global__ void __launch_bounds__(BACKWARD_THREADS) rmsnorm_backward_kernel(T *dx, struct fp8 dx8, float *part, const T *dres, const T *dy, const T *x, const T *__restrict__ w, const float *rstd,
                                                                        int64_t N, int C)
 {
-    __shared__ float shared[2][32];
+    __shared__ float sums[2][32];
+    __shared__ uint32_t tops[2][32];
     float dw[VPT][W] = {};
     packed<T, W> weights[VPT];
     #pragma unroll
@@ -121,7 +123,18 @@ __global__ void __launch_bounds__(BACKWARD_THREADS) rmsnorm_backward_kernel(T *d
         if (c < C) weights[v] = load_packed<T, W>(w + c);
     }
     norm_row<T, W, VPT> row, next;
+    packed<T, W> waiting[VPT];                              /* ROUND: dx of the row before, */
+    uint32_t most = 0;                                      /* and the largest of it that this thread has */
     int turn = 0, place = 0;
+    auto round_waiting = [&](int64_t n, uint32_t top) {
+        float s = e4m3_scale(__uint_as_float(top)), factor = inverse_of(s);
+        if (threadIdx.x == 0) dx8.scale[n] = s;
+        #pragma unroll
+        for (int v = 0; v < VPT; v++) {
+            int c = (threadIdx.x + v * blockDim.x) * W;
+            if (c < C) store_rounded<T, W>(dx8.q + n * C + c, waiting[v], factor);
+        }
+    };
     extern __shared__ __align__(16) unsigned char ring[];
     auto slot = [&](int stage, int tensor, int v) { return reinterpret_cast<T *>(ring + ((size_t)((stage * 3 + tensor) * VPT + v) * blockDim.x + threadIdx.x) * 16); };
     auto ask = [&](int64_t n, int stage) {
@@ -139,7 +152,8 @@ __global__ void __launch_bounds__(BACKWARD_THREADS) rmsnorm_backward_kernel(T *d
         for (int i = 0; i < RING - 1; i++) ask(blockIdx.x + (int64_t)i * gridDim.x, i);
         next.rstd = rstd[blockIdx.x];
     } else load_row<T, W, VPT>(next, dy, x, dres, rstd, blockIdx.x, C);
-    for (int64_t n = blockIdx.x; n < N; n += gridDim.x) {
+    int64_t n = blockIdx.x;
+    for (; n < N; n += gridDim.x) {
         if constexpr (RING) {
             ask(n + (int64_t)(RING - 1) * gridDim.x, (place + RING - 1) % RING);
             wait_for_all_but<RING - 1>();
@@ -173,8 +187,13 @@ __global__ void __launch_bounds__(BACKWARD_THREADS) rmsnorm_backward_kernel(T *d
             }
         }
         /* two buffers in turn: a barrier per row is enough */
-        float k = block_reduce_into(dot, 0.0f, add_op(), shared[turn]) / (float)C * row.rstd * row.rstd;
+        if constexpr (ROUND) {
+            block_reduce_two_into(dot, add_op(), sums[turn], most, max_op(), tops[turn]);
+            if (n != blockIdx.x) round_waiting(n - gridDim.x, most);
+            most = 0;
+        } else dot = block_reduce_into(dot, 0.0f, add_op(), sums[turn]);
         turn ^= 1;
+        float k = dot / (float)C * row.rstd * row.rstd;
         #pragma unroll
         for (int v = 0; v < VPT; v++) {
             int c = (threadIdx.x + v * blockDim.x) * W;
@@ -186,10 +205,16 @@ __global__ void __launch_bounds__(BACKWARD_THREADS) rmsnorm_backward_kernel(T *d
                 if (dres) unpack<T, W>(g, row.dres[v]);
                 #pragma unroll
                 for (int i = 0; i < W; i++) g[i] += row.rstd * (weight[i] * d[i] - xv[i] * k);
-                store<T, W>(dx + n * C + c, g);
+                packed<T, W> out = pack<T, W>(g);
+                store_packed<T, W>(dx + n * C + c, out);
+                if constexpr (ROUND) {
+                    waiting[v] = out;
+                    most = max(most, largest_of<T, W>(out));
+                }
             }
         }
     }
+    if constexpr (ROUND) round_waiting(n - gridDim.x, block_reduce_into(most, 0u, max_op(), tops[turn]));
     #pragma unroll
     for (int v = 0; v < VPT; v++) {
         int c = (threadIdx.x + v * blockDim.x) * W;
@@ -221,18 +246,18 @@ static void launch_forward(struct backend *be, struct norm_output out, float *rs
         (T *)out.y, out.y8 ? *out.y8 : (struct fp8){NULL, NULL}, rstd, (T *)sum, (const T *)x, (const T *)r, (const T *)w, (int)C, eps);
 }
 
-template <typename T, int W, int VPT>
-static void launch_backward(struct backend *be, act *dx, grad *dw, const act *dres, const act *dy, const act *x, const act *w, const float *rstd, int64_t N, int64_t C)
+template <typename T, int W, int VPT, bool ROUND>
+static void launch_backward(struct backend *be, act *dx, const struct fp8 *dx8, grad *dw, const act *dres, const act *dy, const act *x, const act *w, const float *rstd, int64_t N, int64_t C)
 {
     struct cuda_state *s = cuda_state_of(be);
     int threads = threads_for(div_up(C, W), VPT);
     int64_t blocks = backward_blocks(s, N, threads);
     float *part = (float *)cuda_scratch(be, (size_t)(blocks * C) * sizeof(float));
     constexpr int RING = W * sizeof(T) != 16 || VPT > 2 ? 0 : VPT == 1 ? 4 : 2;      /* two blocks' rings fit a multiprocessor */
-    auto kernel = rmsnorm_backward_kernel<T, W, VPT, RING>;
+    auto kernel = rmsnorm_backward_kernel<T, W, VPT, RING, ROUND>;
     size_t ring = (size_t)RING * 3 * VPT * (size_t)threads * 16;
     if (ring > 40 << 10) CUDA_CHECK(cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)ring));
-    kernel<<<(unsigned)blocks, threads, ring, s->stream>>>((T *)dx, part, (const T *)dres, (const T *)dy, (const T *)x, (const T *)w, rstd, N, (int)C);
+    kernel<<<(unsigned)blocks, threads, ring, s->stream>>>((T *)dx, dx8 ? *dx8 : (struct fp8){NULL, NULL}, part, (const T *)dres, (const T *)dy, (const T *)x, (const T *)w, rstd, N, (int)C);
     CUDA_CHECK(cudaGetLastError());
     cuda_add_partials(be, dw, part, blocks, C);
 }
@@ -249,15 +274,15 @@ static void forward(struct backend *be, struct norm_output out, float *rstd, act
     CUDA_CHECK(cudaGetLastError());
 }
 
-template <typename T, int W>
-static void backward(struct backend *be, act *dx, grad *dw, const act *dres, const act *dy, const act *x, const act *w, const float *rstd, int64_t N, int64_t C)
+template <typename T, int W, bool ROUND>
+static void backward(struct backend *be, act *dx, const struct fp8 *dx8, grad *dw, const act *dres, const act *dy, const act *x, const act *w, const float *rstd, int64_t N, int64_t C)
 {
     int64_t vectors = div_up(C, W);
     CUDA_REQUIRE(vectors <= 8 * BACKWARD_THREADS, "rmsnorm: rows this wide are not implemented");
-    if (vectors <= BACKWARD_THREADS) launch_backward<T, W, 1>(be, dx, dw, dres, dy, x, w, rstd, N, C);
-    else if (vectors <= 2 * BACKWARD_THREADS) launch_backward<T, W, 2>(be, dx, dw, dres, dy, x, w, rstd, N, C);
-    else if (vectors <= 4 * BACKWARD_THREADS) launch_backward<T, W, 4>(be, dx, dw, dres, dy, x, w, rstd, N, C);
-    else launch_backward<T, W, 8>(be, dx, dw, dres, dy, x, w, rstd, N, C);
+    if (vectors <= BACKWARD_THREADS) launch_backward<T, W, 1, ROUND>(be, dx, dx8, dw, dres, dy, x, w, rstd, N, C);
+    else if (vectors <= 2 * BACKWARD_THREADS) launch_backward<T, W, 2, ROUND>(be, dx, dx8, dw, dres, dy, x, w, rstd, N, C);
+    else if (vectors <= 4 * BACKWARD_THREADS) launch_backward<T, W, 4, ROUND>(be, dx, dx8, dw, dres, dy, x, w, rstd, N, C);
+    else launch_backward<T, W, 8, ROUND>(be, dx, dx8, dw, dres, dy, x, w, rstd, N, C);
 }
 
 extern "C" void cuda_rmsnorm_forward(struct backend *be, act *y, float *rstd, act *sum, const act *x, const act *r, const act *w, int64_t N, int64_t C, float eps)
@@ -282,6 +307,14 @@ extern "C" void cuda_rmsnorm_backward(struct backend *be, act *dx, grad *dw, con
     if (!N) return;
     bool wide = aligned16(dx) && aligned16(dy) && aligned16(x) && aligned16(w) && aligned16(dres);
     DISPATCH(be->act_dtype, T,
-        if (wide && C % vector_width<T>() == 0) backward<T, vector_width<T>()>(be, dx, dw, dres, dy, x, w, rstd, N, C);
-        else backward<T, 1>(be, dx, dw, dres, dy, x, w, rstd, N, C));
+        if (wide && C % vector_width<T>() == 0) backward<T, vector_width<T>(), false>(be, dx, NULL, dw, dres, dy, x, w, rstd, N, C);
+        else backward<T, 1, false>(be, dx, NULL, dw, dres, dy, x, w, rstd, N, C));
+}
+
+extern "C" void cuda_rmsnorm_backward_fp8(struct backend *be, act *dx, const struct fp8 *dx8, grad *dw, const act *dres, const act *dy, const act *x, const act *w, const float *rstd, int64_t N, int64_t C)
+{
+    if (!N) return;
+    require_fp8(dx8, C);
+    CUDA_REQUIRE(aligned16(dx) && aligned16(dy) && aligned16(x) && aligned16(w) && aligned16(dres), "rmsnorm: an input is not aligned to 16 bytes");
+    DISPATCH(be->act_dtype, T, backward<T, vector_width<T>(), true>(be, dx, dx8, dw, dres, dy, x, w, rstd, N, C));
 }

@@ -1,10 +1,27 @@
 /* Rotary position embedding on the way from fused rows to planes and back (the maths is in cpu/rope.c). A thread takes W pairs of one
- * token through up to HEADS heads, all asked for before the first is turned, so that the table is read once for all of them; value heads pass unchanged. */
-#include "kernels/cuda/common.cuh"
+ * token through up to HEADS heads, all asked for before the first is turned, so that the table is read once for all of them; value heads pass unchanged.
+ * Backward into fp8, a block per token, whose row waits in registers for its largest magnitude: e + 1 bytes an element, where they were 3 e + 1 more with dqkv written and read again. */
+#include "kernels/cuda/fp8.cuh"
 
-enum { THREADS = 256, HEADS = 4 };
+enum { THREADS = 256, HEADS = 4, ROW_THREADS = 512 };
 
 struct rope_shape { int Hq, Hkv, D, chunks; };
+
+/* W pairs by their angles, or, BACKWARD, by the transpose of the rotation */
+template <typename T, int W, bool BACKWARD> __device__ __forceinline__ void turn(packed<T, W> &lower, packed<T, W> &upper, const float (&c)[W], const float (&sn)[W])
+{
+    float a[W], b[W];
+    unpack<T, W>(a, lower);
+    unpack<T, W>(b, upper);
+    #pragma unroll
+    for (int w = 0; w < W; w++) {
+        float angle = BACKWARD ? -sn[w] : sn[w], turned = a[w] * c[w] - b[w] * angle;
+        b[w] = b[w] * c[w] + a[w] * angle;
+        a[w] = turned;
+    }
+    lower = pack<T, W>(a);
+    upper = pack<T, W>(b);
+}
 
 /* BACKWARD: planes -> fused, with the transpose of the rotation */
 template <typename T, int W, bool BACKWARD>
@@ -35,22 +52,51 @@ __global__ void __launch_bounds__(THREADS, 4) rope_kernel(T *__restrict__ fused,
     for (int j = 0; j < HEADS; j++) {
         int h = first + j;
         if (h >= heads) break;
-        if (h < s.Hq + s.Hkv) {
-            float a[W], b[W];
-            unpack<T, W>(a, lower[j]);
-            unpack<T, W>(b, upper[j]);
-            #pragma unroll
-            for (int w = 0; w < W; w++) {
-                float angle = BACKWARD ? -sn[w] : sn[w], turned = a[w] * c[w] - b[w] * angle;
-                b[w] = b[w] * c[w] + a[w] * angle;
-                a[w] = turned;
-            }
-            lower[j] = pack<T, W>(a);
-            upper[j] = pack<T, W>(b);
-        }
+        if (h < s.Hq + s.Hkv) turn<T, W, BACKWARD>(lower[j], upper[j], c, sn);
         T *to = BACKWARD ? row + h * s.D : plane(h);
         store_packed<T, W>(to, lower[j]);
         store_packed<T, W>(to + half, upper[j]);
+    }
+}
+
+/* planes -> fused, rounded. VPT: pairs of vectors of a thread */
+template <typename T, int W, int VPT>
+__global__ void __launch_bounds__(ROW_THREADS) rope_backward_fp8_kernel(struct fp8 d8, const T *__restrict__ q, const T *__restrict__ k, const T *__restrict__ v, const float *__restrict__ cos,
+                                                                      const float *__restrict__ sin, const int32_t *__restrict__ position, rope_shape s)
+{
+    int half = s.D / 2, vectors = half / W, heads = s.Hq + 2 * s.Hkv;
+    int64_t n = blockIdx.x, table = (int64_t)position[n] * half;
+    const T *q_row = q + n * s.Hq * s.D, *k_row = k + n * s.Hkv * s.D, *v_row = v + n * s.Hkv * s.D;
+    packed<T, W> lower[VPT], upper[VPT];
+    uint32_t most = 0;
+    #pragma unroll
+    for (int j = 0; j < VPT; j++) {
+        int item = threadIdx.x + j * blockDim.x, h = item / vectors, i = item % vectors * W;
+        if (h >= heads) break;
+        const T *from = (h < s.Hq ? q_row + h * s.D : h < s.Hq + s.Hkv ? k_row + (h - s.Hq) * s.D : v_row + (h - s.Hq - s.Hkv) * s.D) + i;
+        lower[j] = load_packed<T, W>(from);
+        upper[j] = load_packed<T, W>(from + half);
+    }
+    #pragma unroll
+    for (int j = 0; j < VPT; j++) {
+        int item = threadIdx.x + j * blockDim.x, h = item / vectors, i = item % vectors * W;
+        if (h >= heads) break;
+        if (h < s.Hq + s.Hkv) {
+            float c[W], sn[W];
+            load<float, W>(c, cos + table + i);
+            load<float, W>(sn, sin + table + i);
+            turn<T, W, true>(lower[j], upper[j], c, sn);
+        }
+        most = max(most, max(largest_of<T, W>(lower[j]), largest_of<T, W>(upper[j])));
+    }
+    float factor = factor_of_row(d8.scale + n, most);
+    #pragma unroll
+    for (int j = 0; j < VPT; j++) {
+        int item = threadIdx.x + j * blockDim.x, h = item / vectors, i = item % vectors * W;
+        if (h >= heads) break;
+        uint8_t *to = d8.q + (n * heads + h) * s.D + i;
+        store_rounded<T, W>(to, lower[j], factor);
+        store_rounded<T, W>(to + half, upper[j], factor);
     }
 }
 
@@ -80,4 +126,32 @@ extern "C" void cuda_rope_backward(struct backend *be, act *dqkv, const act *dq,
                                    int64_t N, int Hq, int Hkv, int D)
 {
     rope<true>(be, dqkv, const_cast<act *>(dq), const_cast<act *>(dk), const_cast<act *>(dv), cos, sin, position, N, Hq, Hkv, D);
+}
+
+template <typename T, int W, int VPT>
+static void launch_fp8(struct backend *be, const struct fp8 *d8, const act *dq, const act *dk, const act *dv, const float *cos, const float *sin, const int32_t *position, int64_t N, const rope_shape &s, int items)
+{
+    int threads = (int)div_up(div_up(items, VPT), 32) * 32;
+    rope_backward_fp8_kernel<T, W, VPT><<<(unsigned)N, threads, 0, cuda_state_of(be)->stream>>>(*d8, (const T *)dq, (const T *)dk, (const T *)dv, cos, sin, position, s);
+    CUDA_CHECK(cudaGetLastError());
+}
+
+extern "C" void cuda_rope_backward_fp8(struct backend *be, const struct fp8 *d8, act *dqkv, const act *dq, const act *dk, const act *dv, const float *cos, const float *sin, const int32_t *position,
+                                       int64_t N, int Hq, int Hkv, int D)
+{
+    if (!N) return;
+    int64_t width = (int64_t)(Hq + 2 * Hkv) * D;
+    require_fp8(d8, width);
+    bool wide = aligned16(dq) && aligned16(dk) && aligned16(dv) && aligned16(cos) && aligned16(sin);
+    DISPATCH(be->act_dtype, T,
+        constexpr int W = vector_width<T>();
+        int items = (int)(width / (2 * W));
+        rope_shape s = {Hq, Hkv, D, 0};
+        if (!wide || D % (2 * W) || items > 8 * ROW_THREADS) {   /* heads of a few numbers */
+            cuda_rope_backward(be, dqkv, dq, dk, dv, cos, sin, position, N, Hq, Hkv, D);
+            cuda_quantize(be, d8, dqkv, N, width);
+        } else if (items <= ROW_THREADS) launch_fp8<T, W, 1>(be, d8, dq, dk, dv, cos, sin, position, N, s, items);
+        else if (items <= 2 * ROW_THREADS) launch_fp8<T, W, 2>(be, d8, dq, dk, dv, cos, sin, position, N, s, items);
+        else if (items <= 4 * ROW_THREADS) launch_fp8<T, W, 4>(be, d8, dq, dk, dv, cos, sin, position, N, s, items);
+        else launch_fp8<T, W, 8>(be, d8, dq, dk, dv, cos, sin, position, N, s, items));
 }
