@@ -76,19 +76,23 @@ __global__ void __launch_bounds__(32 * COLUMN_WARPS) column_most_kernel(uint32_t
 
 /* ---- transposes ---- */
 
-/* What becomes of the four bytes of row r at the columns a thread has: nothing, */
+/* What becomes of four bytes of a row at the columns that a thread has: nothing, */
 struct unchanged {
+    static constexpr bool SCALES = false;
     struct columns {};
+    __device__ float of_row(int64_t) const { return 1; }
     __device__ columns of_columns(int64_t, int64_t) const { return columns(); }
-    __device__ uint32_t operator()(uint32_t word, int64_t, const columns &) const { return word; }
+    __device__ uint32_t operator()(uint32_t word, float, const columns &) const { return word; }
 };
 
 /* their scale from their row's to their column's, which is told; most: column_most_kernel's */
 struct to_columns {
+    static constexpr bool SCALES = true;
     const float *row_scale;
     const uint32_t *most;
     float *column_scale;
     struct columns { float inverse[4]; };
+    __device__ float of_row(int64_t r) const { return row_scale[r]; }
     __device__ columns of_columns(int64_t k, int64_t K) const
     {
         columns c = {};
@@ -101,9 +105,9 @@ struct to_columns {
         }
         return c;
     }
-    __device__ uint32_t operator()(uint32_t word, int64_t r, const columns &c) const
+    __device__ uint32_t operator()(uint32_t word, float s, const columns &c) const
     {
-        float x[4], s = row_scale[r];
+        float x[4];
         numbers4(x, word);
         #pragma unroll
         for (int i = 0; i < 4; i++) x[i] = x[i] * s * c.inverse[i];
@@ -113,12 +117,14 @@ struct to_columns {
 
 /* or their scale from their row's, taken times another's, to *one */
 struct to_one {
+    static constexpr bool SCALES = true;
     const float *scale, *times, *one;
     struct columns {};
+    __device__ float of_row(int64_t r) const { return scale[r] * times[r] / *one; }
     __device__ columns of_columns(int64_t, int64_t) const { return columns(); }
-    __device__ uint32_t operator()(uint32_t word, int64_t r, const columns &) const
+    __device__ uint32_t operator()(uint32_t word, float factor, const columns &) const
     {
-        float x[4], factor = scale[r] * times[r] / *one;
+        float x[4];
         numbers4(x, word);
         #pragma unroll
         for (int i = 0; i < 4; i++) x[i] *= factor;
@@ -128,29 +134,37 @@ struct to_one {
 
 /* out (K, padded) = in (R, K)^T, its columns R .. padded - 1 zero. A tile of 128 x 128 in shared memory, in words of four rows of one column: a thread turns 4 x 4 bytes in
  * registers. Word w of column c lies at w ^ c / 4, so that a warp that writes, for one w, 32 c / 4, and one that reads, for one w mod 4, eight w / 4 of four c / 4, finds every bank once. */
+template <bool WHOLE, int QUADS> __device__ __forceinline__ void load_quads(uint32_t (&word)[QUADS][4], const uint8_t *__restrict__ in, int64_t K, int rows, bool column)
+{
+    #pragma unroll
+    for (int i = 0; i < QUADS; i++, in += 4 * TILE_WARPS * K) {
+        #pragma unroll
+        for (int j = 0; j < 4; j++) word[i][j] = WHOLE || (4 * TILE_WARPS * i + j < rows && column) ? *reinterpret_cast<const uint32_t *>(in + j * K) : 0;
+    }
+}
+
 template <typename Convert>
 __global__ void __launch_bounds__(32 * TILE_WARPS) transpose_kernel(uint8_t *__restrict__ out, const uint8_t *__restrict__ in, int64_t R, int64_t K, int64_t padded, Convert convert)
 {
     constexpr int QUADS = TILE / 4 / TILE_WARPS;
     __shared__ uint32_t tile[TILE][TILE / 4];
+    __shared__ float of_row[TILE];
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     int64_t r0 = (int64_t)blockIdx.y * TILE, k0 = (int64_t)blockIdx.x * TILE, k = k0 + 4 * lane;
     uint32_t word[QUADS][4];
-    #pragma unroll
-    for (int i = 0; i < QUADS; i++) {
-        #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            int64_t r = r0 + 4 * (warp + TILE_WARPS * i) + j;
-            word[i][j] = r < R && k < K ? *reinterpret_cast<const uint32_t *>(in + r * K + k) : 0;
-        }
-    }
+    const uint8_t *from = in + (r0 + 4 * warp) * K + k;
+    if (r0 + TILE <= R && k0 + TILE <= K) load_quads<true>(word, from, K, 0, true);       /* nearly all tiles are whole, and questions cost more than moving bytes */
+    else load_quads<false>(word, from, K, (int)(R - r0) - 4 * warp, k < K);
     typename Convert::columns columns = convert.of_columns(k, K);
+    if constexpr (Convert::SCALES) {                        /* once a row, while its bytes are on their way */
+        if (threadIdx.x < TILE) of_row[threadIdx.x] = r0 + threadIdx.x < R ? convert.of_row(r0 + threadIdx.x) : 1;
+        __syncthreads();
+    }
     #pragma unroll
     for (int i = 0; i < QUADS; i++) {
-        #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            int64_t r = r0 + 4 * (warp + TILE_WARPS * i) + j;
-            if (r < R) word[i][j] = convert(word[i][j], r, columns);
+        if constexpr (Convert::SCALES) {
+            #pragma unroll
+            for (int j = 0; j < 4; j++) word[i][j] = convert(word[i][j], of_row[4 * (warp + TILE_WARPS * i) + j], columns);
         }
         /* bytes 0 and 1, then 2 and 3, of two rows each; then of four */
         uint32_t low01 = __byte_perm(word[i][0], word[i][1], 0x5140), high01 = __byte_perm(word[i][0], word[i][1], 0x7362);

@@ -36,6 +36,7 @@ MUTATIONS = [
     Mutation("a barrier for half of the block", "address", "adamw",
              "    __syncthreads();\n    float scale", "    if (threadIdx.x < THREADS / 2) __syncthreads();\n    float scale"),
     Mutation("two bytes of a transposed word are exchanged", "address", "fp8", "__byte_perm(low01, low23, 0x7632)", "__byte_perm(low01, low23, 0x6732)"),
+    Mutation("the scales of a tile's rows are read before they are there", "race", "fp8", ": 1;\n        __syncthreads();", ": 1;"),
 ]
 COMPLAINT = re.compile(rb"emulator: .*|ERROR: AddressSanitizer: .*|runtime error: .*|.* is off by .*|.* is \S+, not \S+|.*was overwritten.*")
 ENVIRONMENT = {**os.environ, "OPS_CASES": os.environ.get("OPS_CASES", "6"), "DISTILL_EMULATE_GUARD": "256"}
