@@ -127,6 +127,9 @@ template <typename V, typename Op> __device__ __forceinline__ V warp_reduce(V x,
     return x;
 }
 
+/* one instruction, where the shuffles and comparisons of the one above are ten */
+__device__ __forceinline__ uint32_t warp_reduce(uint32_t x, max_op) { return __reduce_max_sync(0xffffffffu, x); }
+
 /* The result reaches every thread. shared: 32 elements, free to use again after the next barrier; blockDim.x a multiple of 32. */
 template <typename V, typename Op> __device__ __forceinline__ V block_reduce_into(V x, V identity, Op op, V *shared)
 {

@@ -29,12 +29,18 @@ __device__ __forceinline__ uint32_t round4(const float (&x)[4])
 /* bits of the largest magnitude among them */
 template <typename T, int W> __device__ __forceinline__ uint32_t largest_of(const packed<T, W> &x)
 {
-    float a[W];
     uint32_t most = 0;
-    unpack<T, W>(a, x);
-    #pragma unroll
-    for (int i = 0; i < W; i++) most = max(most, magnitude_bits(a[i]));
-    return most;
+    if constexpr (__is_same(T, bf16) && W % 2 == 0) {          /* bf16 is the upper half of a float: two are compared at a time */
+        #pragma unroll
+        for (int i = 0; i < W / 2; i++) most = __vmaxu2(most, x.word[i] & 0x7fff7fffu);
+        return max(most << 16, most & 0xffff0000u);
+    } else {
+        float a[W];
+        unpack<T, W>(a, x);
+        #pragma unroll
+        for (int i = 0; i < W; i++) most = max(most, magnitude_bits(a[i]));
+        return most;
+    }
 }
 
 /* The factor of a row that a block holds, `most` being the largest that this thread has seen of it; its scale goes to *scale. All threads of the block together. */

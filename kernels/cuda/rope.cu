@@ -59,41 +59,41 @@ __global__ void __launch_bounds__(THREADS, 4) rope_kernel(T *__restrict__ fused,
     }
 }
 
-/* planes -> fused, rounded. VPT: pairs of vectors of a thread */
-template <typename T, int W, int VPT>
+/* planes -> fused, rounded. A thread has the same pairs of up to OWN heads, every `groups`-th, so that it reads the table once; threads beyond vectors x groups only help to find the maximum. */
+template <typename T, int W, int OWN>
 __global__ void __launch_bounds__(ROW_THREADS) rope_backward_fp8_kernel(struct fp8 d8, const T *__restrict__ q, const T *__restrict__ k, const T *__restrict__ v, const float *__restrict__ cos,
-                                                                      const float *__restrict__ sin, const int32_t *__restrict__ position, rope_shape s)
+                                                                      const float *__restrict__ sin, const int32_t *__restrict__ position, rope_shape s, int groups)
 {
-    int half = s.D / 2, vectors = half / W, heads = s.Hq + 2 * s.Hkv;
-    int64_t n = blockIdx.x, table = (int64_t)position[n] * half;
-    const T *q_row = q + n * s.Hq * s.D, *k_row = k + n * s.Hkv * s.D, *v_row = v + n * s.Hkv * s.D;
-    packed<T, W> lower[VPT], upper[VPT];
+    __shared__ uint32_t shared[32];
+    int half = s.D / 2, vectors = half / W, heads = s.Hq + 2 * s.Hkv, i = threadIdx.x % vectors * W, group = threadIdx.x / vectors, end = group < groups ? heads : 0;
+    int64_t n = blockIdx.x, table = (int64_t)position[n] * half + i;
+    const T *q_row = q + n * s.Hq * s.D + i, *k_row = k + n * s.Hkv * s.D + i, *v_row = v + n * s.Hkv * s.D + i;
+    packed<T, W> lower[OWN], upper[OWN];
     uint32_t most = 0;
     #pragma unroll
-    for (int j = 0; j < VPT; j++) {
-        int item = threadIdx.x + j * blockDim.x, h = item / vectors, i = item % vectors * W;
-        if (h >= heads) break;
-        const T *from = (h < s.Hq ? q_row + h * s.D : h < s.Hq + s.Hkv ? k_row + (h - s.Hq) * s.D : v_row + (h - s.Hq - s.Hkv) * s.D) + i;
+    for (int j = 0; j < OWN; j++) {
+        int h = group + j * groups;
+        if (h >= end) break;
+        const T *from = h < s.Hq ? q_row + h * s.D : h < s.Hq + s.Hkv ? k_row + (h - s.Hq) * s.D : v_row + (h - s.Hq - s.Hkv) * s.D;
         lower[j] = load_packed<T, W>(from);
         upper[j] = load_packed<T, W>(from + half);
     }
+    float c[W], sn[W];
+    load<float, W>(c, cos + table);
+    load<float, W>(sn, sin + table);
     #pragma unroll
-    for (int j = 0; j < VPT; j++) {
-        int item = threadIdx.x + j * blockDim.x, h = item / vectors, i = item % vectors * W;
-        if (h >= heads) break;
-        if (h < s.Hq + s.Hkv) {
-            float c[W], sn[W];
-            load<float, W>(c, cos + table + i);
-            load<float, W>(sn, sin + table + i);
-            turn<T, W, true>(lower[j], upper[j], c, sn);
-        }
+    for (int j = 0; j < OWN; j++) {
+        int h = group + j * groups;
+        if (h >= end) break;
+        if (h < s.Hq + s.Hkv) turn<T, W, true>(lower[j], upper[j], c, sn);
         most = max(most, max(largest_of<T, W>(lower[j]), largest_of<T, W>(upper[j])));
     }
-    float factor = factor_of_row(d8.scale + n, most);
+    float scale = e4m3_scale(__uint_as_float(block_reduce_into(most, 0u, max_op(), shared))), factor = inverse_of(scale);
+    if (threadIdx.x == 0) d8.scale[n] = scale;
     #pragma unroll
-    for (int j = 0; j < VPT; j++) {
-        int item = threadIdx.x + j * blockDim.x, h = item / vectors, i = item % vectors * W;
-        if (h >= heads) break;
+    for (int j = 0; j < OWN; j++) {
+        int h = group + j * groups;
+        if (h >= end) break;
         uint8_t *to = d8.q + (n * heads + h) * s.D + i;
         store_rounded<T, W>(to, lower[j], factor);
         store_rounded<T, W>(to + half, upper[j], factor);
@@ -128,11 +128,13 @@ extern "C" void cuda_rope_backward(struct backend *be, act *dqkv, const act *dq,
     rope<true>(be, dqkv, const_cast<act *>(dq), const_cast<act *>(dk), const_cast<act *>(dv), cos, sin, position, N, Hq, Hkv, D);
 }
 
-template <typename T, int W, int VPT>
-static void launch_fp8(struct backend *be, const struct fp8 *d8, const act *dq, const act *dk, const act *dv, const float *cos, const float *sin, const int32_t *position, int64_t N, const rope_shape &s, int items)
+template <typename T, int W> static int row_threads(const rope_shape &s, int own) { return (int)div_up(s.D / 2 / W * div_up(s.Hq + 2 * s.Hkv, own), 32) * 32; }
+
+template <typename T, int W, int OWN>
+static void launch_fp8(struct backend *be, const struct fp8 *d8, const act *dq, const act *dk, const act *dv, const float *cos, const float *sin, const int32_t *position, int64_t N, const rope_shape &s)
 {
-    int threads = (int)div_up(div_up(items, VPT), 32) * 32;
-    rope_backward_fp8_kernel<T, W, VPT><<<(unsigned)N, threads, 0, cuda_state_of(be)->stream>>>(*d8, (const T *)dq, (const T *)dk, (const T *)dv, cos, sin, position, s);
+    rope_backward_fp8_kernel<T, W, OWN><<<(unsigned)N, row_threads<T, W>(s, OWN), 0, cuda_state_of(be)->stream>>>(*d8, (const T *)dq, (const T *)dk, (const T *)dv, cos, sin, position, s,
+                                                                                                               (int)div_up(s.Hq + 2 * s.Hkv, OWN));
     CUDA_CHECK(cudaGetLastError());
 }
 
@@ -145,13 +147,11 @@ extern "C" void cuda_rope_backward_fp8(struct backend *be, const struct fp8 *d8,
     bool wide = aligned16(dq) && aligned16(dk) && aligned16(dv) && aligned16(cos) && aligned16(sin);
     DISPATCH(be->act_dtype, T,
         constexpr int W = vector_width<T>();
-        int items = (int)(width / (2 * W));
         rope_shape s = {Hq, Hkv, D, 0};
-        if (!wide || D % (2 * W) || items > 8 * ROW_THREADS) {   /* heads of a few numbers */
+        if (!wide || D % (2 * W) || row_threads<T, W>(s, 8) > ROW_THREADS) {      /* heads of a few numbers, or a great many */
             cuda_rope_backward(be, dqkv, dq, dk, dv, cos, sin, position, N, Hq, Hkv, D);
             cuda_quantize(be, d8, dqkv, N, width);
-        } else if (items <= ROW_THREADS) launch_fp8<T, W, 1>(be, d8, dq, dk, dv, cos, sin, position, N, s, items);
-        else if (items <= 2 * ROW_THREADS) launch_fp8<T, W, 2>(be, d8, dq, dk, dv, cos, sin, position, N, s, items);
-        else if (items <= 4 * ROW_THREADS) launch_fp8<T, W, 4>(be, d8, dq, dk, dv, cos, sin, position, N, s, items);
-        else launch_fp8<T, W, 8>(be, d8, dq, dk, dv, cos, sin, position, N, s, items));
+        } else if (row_threads<T, W>(s, 1) <= 128) launch_fp8<T, W, 1>(be, d8, dq, dk, dv, cos, sin, position, N, s);
+        else if (row_threads<T, W>(s, 4) <= ROW_THREADS) launch_fp8<T, W, 4>(be, d8, dq, dk, dv, cos, sin, position, N, s);
+        else launch_fp8<T, W, 8>(be, d8, dq, dk, dv, cos, sin, position, N, s));
 }

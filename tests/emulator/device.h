@@ -117,6 +117,11 @@ template <typename F> unsigned by_bytes(unsigned a, unsigned b, F f)
     for (int i = 0; i < 32; i += 8) result |= f(a >> i & 255, b >> i & 255) << i;
     return result;
 }
+inline unsigned __vmaxu2(unsigned a, unsigned b)
+{
+    unsigned low = (a & 0xffff) > (b & 0xffff) ? a : b, high = a >> 16 > b >> 16 ? a : b;
+    return (high & 0xffff0000u) | (low & 0xffffu);
+}
 inline unsigned __vmaxu4(unsigned a, unsigned b)
 {
     return by_bytes(a, b, [](unsigned x, unsigned y) { return x > y ? x : y; });
