@@ -508,6 +508,7 @@ static void print_table(const struct eval *e, FILE *f)
 {
     double top1, loss;
     char text[32];
+    int longest = 8;
     int *width = xcalloc((size_t)e->n, sizeof *width);
     for (int i = 0; i < e->n; i++) {
         width[i] = (int)strlen(e->column[i].name);
@@ -517,7 +518,8 @@ static void print_table(const struct eval *e, FILE *f)
             if ((int)strlen(text) > width[i]) width[i] = (int)strlen(text);
         }
     }
-    for (int i = 0; i < e->n; i++) fprintf(f, "%-10s%s\n", e->column[i].name, e->column[i].path);
+    for (int i = 0; i < e->n; i++) if ((int)strlen(e->column[i].name) > longest) longest = (int)strlen(e->column[i].name);
+    for (int i = 0; i < e->n; i++) fprintf(f, "%-*s  %s\n", longest, e->column[i].name, e->column[i].path);
     fprintf(f, "\n%-24s", "");
     for (int i = 0; i < e->n; i++) fprintf(f, "  %*s", width[i], e->column[i].name);
     for (enum cell l = 0; l < CELL_COUNT; l++) {
