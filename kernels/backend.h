@@ -232,11 +232,11 @@ struct ops {
     void (*swiglu_forward)(struct backend *be, act *h, const act *gate_up, int64_t N, int64_t F);
     void (*swiglu_backward)(struct backend *be, act *d_gate_up, const act *dh, const act *gate_up, int64_t N, int64_t F);
 
-    /* ---- the ops whose result only products in fp8 read, which write it rounded: to the bit what quantize() makes of what the op of the same name writes. Only where be->fp8 ---- */
+    /* ---- ops that write rounded what products in fp8 read: to the bit what quantize() makes of what the op of the same name writes. Only where be->fp8 ---- */
     void (*rmsnorm_forward_fp8)(struct backend *be, const struct fp8 *y8, float *rstd, act *sum, const act *x, const act *r, const act *w, int64_t N, int64_t C, float eps);
-    /* dx itself too, which the norm before it reads */
+    /* dx itself too, which the norm before it reads and which may be dres or dy, as there */
     void (*rmsnorm_backward_fp8)(struct backend *be, act *dx, const struct fp8 *dx8, grad *dw, const act *dres, const act *dy, const act *x, const act *w, const float *rstd, int64_t N, int64_t C);
-    /* d8 (N, (Hq + 2 Hkv) D): dqkv, whose memory may be used on the way and holds nothing afterwards */
+    /* d8 (N, (Hq + 2 Hkv) D): what rope_backward writes to dqkv, rounded; the argument dqkv is room to work in, undefined afterwards */
     void (*rope_backward_fp8)(struct backend *be, const struct fp8 *d8, act *dqkv, const act *dq, const act *dk, const act *dv, const float *cos, const float *sin, const int32_t *position, int64_t N, int Hq, int Hkv, int D);
     void (*swiglu_forward_fp8)(struct backend *be, const struct fp8 *h8, const act *gate_up, int64_t N, int64_t F);
     void (*swiglu_backward_fp8)(struct backend *be, const struct fp8 *d8, const act *dh, const act *gate_up, int64_t N, int64_t F);      /* d8 (N, 2F): d_gate_up */

@@ -90,12 +90,12 @@ TIMED(swiglu_forward, SWIGLU_FORWARD, (act *h, const act *gate_up, int64_t N, in
 TIMED(swiglu_backward, SWIGLU_BACKWARD, (act *d_gate_up, const act *dh, const act *gate_up, int64_t N, int64_t F), (d_gate_up, dh, gate_up, N, F))
 TIMED(rmsnorm_forward_fp8, RMSNORM_FORWARD_FP8, (const struct fp8 *y8, float *rstd, act *sum, const act *x, const act *r, const act *w, int64_t N, int64_t C, float eps),
       (y8, rstd, sum, x, r, w, N, C, eps))
-TIMED(swiglu_forward_fp8, SWIGLU_FORWARD_FP8, (const struct fp8 *h8, const act *gate_up, int64_t N, int64_t F), (h8, gate_up, N, F))
 TIMED(rmsnorm_backward_fp8, RMSNORM_BACKWARD_FP8, (act *dx, const struct fp8 *dx8, grad *dw, const act *dres, const act *dy, const act *x, const act *w, const float *rstd, int64_t N, int64_t C),
       (dx, dx8, dw, dres, dy, x, w, rstd, N, C))
 TIMED(rope_backward_fp8, ROPE_BACKWARD_FP8,
       (const struct fp8 *d8, act *dqkv, const act *dq, const act *dk, const act *dv, const float *cos, const float *sin, const int32_t *position, int64_t N, int Hq, int Hkv, int D),
       (d8, dqkv, dq, dk, dv, cos, sin, position, N, Hq, Hkv, D))
+TIMED(swiglu_forward_fp8, SWIGLU_FORWARD_FP8, (const struct fp8 *h8, const act *gate_up, int64_t N, int64_t F), (h8, gate_up, N, F))
 TIMED(swiglu_backward_fp8, SWIGLU_BACKWARD_FP8, (const struct fp8 *d8, const act *dh, const act *gate_up, int64_t N, int64_t F), (d8, dh, gate_up, N, F))
 TIMED(quantize, QUANTIZE, (const struct fp8 *y, const act *x, int64_t R, int64_t K), (y, x, R, K))
 TIMED(quantize_weight, QUANTIZE_WEIGHT, (const struct fp8 *w8, const struct fp8 *t8, const act *w, int64_t O, int64_t C), (w8, t8, w, O, C))

@@ -365,7 +365,7 @@ static void norm_forward(struct model *m, int l, enum product i, act *sum, const
     } else op->rmsnorm_forward(m->be, attn ? a->norm_attn : a->norm_mlp, rstd, sum, x, r, w, m->n, m->c->hidden_size, eps);
 }
 
-/* dy, the gradient of a norm of x, and dres of x itself -> d, in dres's memory or dy's. What reads d next is product i of layer l; -1: none of a block. */
+/* dy, the gradient of a norm of x, and dres of x itself -> d_hidden, which is one of them. What reads it next is product i of layer l; -1: none of a block. */
 static void norm_backward(struct model *m, const struct param *norm, const act *dres, const act *dy, const act *x, const float *rstd, int l, enum product i)
 {
     const struct ops *op = m->be->ops;

@@ -139,7 +139,7 @@ template <typename V, typename Op> __device__ __forceinline__ V block_reduce_int
     __syncthreads();
     return warp_reduce(lane < (int)blockDim.x / 32 ? shared[lane] : identity, op);
 }
-/* Two of them behind one barrier, in place; 0 is the identity of both. */
+/* Two of them behind one barrier, each in place and with 32 elements of its own, as above; 0 is the identity of both. */
 template <typename A, typename OpA, typename B, typename OpB> __device__ __forceinline__ void block_reduce_two_into(A &a, OpA op_a, A *shared_a, B &b, OpB op_b, B *shared_b)
 {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = (int)blockDim.x / 32;

@@ -80,9 +80,7 @@ __global__ void __launch_bounds__(32 * COLUMN_WARPS) column_most_kernel(uint32_t
 struct unchanged {
     static constexpr bool SCALES = false;
     struct columns {};
-    __device__ float of_row(int64_t) const { return 1; }
     __device__ columns of_columns(int64_t, int64_t) const { return columns(); }
-    __device__ uint32_t operator()(uint32_t word, float, const columns &) const { return word; }
 };
 
 /* their scale from their row's to their column's, which is told; most: column_most_kernel's */
@@ -132,8 +130,7 @@ struct to_one {
     }
 };
 
-/* out (K, padded) = in (R, K)^T, its columns R .. padded - 1 zero. A tile of 128 x 128 in shared memory, in words of four rows of one column: a thread turns 4 x 4 bytes in
- * registers. Word w of column c lies at w ^ c / 4, so that a warp that writes, for one w, 32 c / 4, and one that reads, for one w mod 4, eight w / 4 of four c / 4, finds every bank once. */
+/* A thread's words of a tile: four rows, and four more 4 TILE_WARPS further down; `in` is its first. Not WHOLE: 0 from row `rows` on, counted from `in`, and where it has no column. */
 template <bool WHOLE, int QUADS> __device__ __forceinline__ void load_quads(uint32_t (&word)[QUADS][4], const uint8_t *__restrict__ in, int64_t K, int rows, bool column)
 {
     #pragma unroll
@@ -143,6 +140,8 @@ template <bool WHOLE, int QUADS> __device__ __forceinline__ void load_quads(uint
     }
 }
 
+/* out (K, padded) = in (R, K)^T, its columns R .. padded - 1 zero. A tile of 128 x 128 in shared memory, in words of four rows of one column: a thread turns 4 x 4 bytes in
+ * registers. Word w of column c lies at w ^ c / 4, so that a warp that writes, for one w, 32 c / 4, and one that reads, for one w mod 4, eight w / 4 of four c / 4, finds every bank once. */
 template <typename Convert>
 __global__ void __launch_bounds__(32 * TILE_WARPS) transpose_kernel(uint8_t *__restrict__ out, const uint8_t *__restrict__ in, int64_t R, int64_t K, int64_t padded, Convert convert)
 {

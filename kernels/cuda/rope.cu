@@ -1,6 +1,6 @@
 /* Rotary position embedding on the way from fused rows to planes and back (the maths is in cpu/rope.c). A thread takes W pairs of one
  * token through up to HEADS heads, all asked for before the first is turned, so that the table is read once for all of them; value heads pass unchanged.
- * Backward into fp8, a block per token, whose row waits in registers for its largest magnitude: e + 1 bytes an element, where they were 3 e + 1 more with dqkv written and read again. */
+ * Backward into fp8, a block per token, whose row waits in registers for its largest magnitude: e + 1 bytes an element, where they are 3 e + 1 with dqkv written and read again. */
 #include "kernels/cuda/fp8.cuh"
 
 enum { THREADS = 256, HEADS = 4, ROW_THREADS = 512 };
@@ -148,7 +148,9 @@ extern "C" void cuda_rope_backward_fp8(struct backend *be, const struct fp8 *d8,
     DISPATCH(be->act_dtype, T,
         constexpr int W = vector_width<T>();
         rope_shape s = {Hq, Hkv, D, 0};
-        if (!wide || D % (2 * W) || row_threads<T, W>(s, 8) > ROW_THREADS) {      /* heads of a few numbers, or a great many */
+        bool fits = row_threads<T, W>(s, 8) <= ROW_THREADS;
+        CUDA_REQUIRE(fits, "rope: rows this wide are not implemented");
+        if (!wide || D % (2 * W)) {                         /* no vectors: a view that begins elsewhere, heads of a few numbers */
             cuda_rope_backward(be, dqkv, dq, dk, dv, cos, sin, position, N, Hq, Hkv, D);
             cuda_quantize(be, d8, dqkv, N, width);
         } else if (row_threads<T, W>(s, 1) <= 128) launch_fp8<T, W, 1>(be, d8, dq, dk, dv, cos, sin, position, N, s);

@@ -15,9 +15,11 @@ from typing import NamedTuple
 class Mutation(NamedTuple):
     what: str
     build: str          # address or race
-    op: str             # the source, and its test
+    op: str             # the source, and its test where no other is named
     old: str            # its first occurrence is meant
     new: str
+    test: str = ""
+    tests: str = "bf16"
 
 
 MUTATIONS = [
@@ -37,6 +39,7 @@ MUTATIONS = [
              "    __syncthreads();\n    float scale", "    if (threadIdx.x < THREADS / 2) __syncthreads();\n    float scale"),
     Mutation("two bytes of a transposed word are exchanged", "address", "fp8", "__byte_perm(low01, low23, 0x7632)", "__byte_perm(low01, low23, 0x6732)"),
     Mutation("the scales of a tile's rows are read before they are there", "race", "fp8", ": 1;\n        __syncthreads();", ": 1;"),
+    Mutation("a row that waits is not rounded when the next one comes", "address", "rmsnorm", "if (n != blockIdx.x) round_waiting(n - gridDim.x, most);", "", "fp8", "fused_bf16"),
 ]
 COMPLAINT = re.compile(rb"emulator: .*|ERROR: AddressSanitizer: .*|runtime error: .*|.* is off by .*|.* is \S+, not \S+|.*was overwritten.*")
 ENVIRONMENT = {**os.environ, "OPS_CASES": os.environ.get("OPS_CASES", "6"), "DISTILL_EMULATE_GUARD": "256"}
@@ -48,15 +51,15 @@ def build(directory: pathlib.Path, test: str) -> None:
         sys.exit(f"mutate.py: {test} does not build:\n{made.stdout[-3000:]}")
 
 
-def run(directory: pathlib.Path, test: str) -> subprocess.CompletedProcess:
-    return subprocess.run([directory / f"tests/test_kernels_{test}", "--jobs", "1", "--filter", "gpu/bf16"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ENVIRONMENT, timeout=600)
+def run(directory: pathlib.Path, test: str, tests: str) -> subprocess.CompletedProcess:
+    return subprocess.run([directory / f"tests/test_kernels_{test}", "--jobs", "1", "--filter", f"gpu/{tests}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ENVIRONMENT, timeout=600)
 
 
 def caught(m: Mutation, builds: pathlib.Path) -> bool:
-    directory = builds / m.build
-    build(directory, m.op)
-    if run(directory, m.op).returncode:
-        print(f"FAILED   {m.op}: the test fails without a mutation")
+    directory, test = builds / m.build, m.test or m.op
+    build(directory, test)
+    if run(directory, test, m.tests).returncode:
+        print(f"FAILED   {test}: the test fails without a mutation")
         return False
     source = directory / "tests/emulator" / f"{m.op}.cpp"
     text = source.read_text()
@@ -65,11 +68,11 @@ def caught(m: Mutation, builds: pathlib.Path) -> bool:
         return False
     try:
         source.write_text(text.replace(m.old, m.new, 1))
-        build(directory, m.op)
-        outcome = run(directory, m.op)
+        build(directory, test)
+        outcome = run(directory, test, m.tests)
     finally:
         source.unlink()
-        build(directory, m.op)
+        build(directory, test)
     complaint = COMPLAINT.search(outcome.stdout)
     print(f"{'caught ' if outcome.returncode else 'MISSED '}  {m.op}: {m.what}\n         {complaint[0].decode(errors='replace')[:200] if complaint else ''}", flush=True)
     return outcome.returncode != 0

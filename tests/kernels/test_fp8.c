@@ -609,10 +609,10 @@ static void fused_swiglu(struct rig *r, const struct fused_case *c)
     rig_reset(r, fused_name(c));
 }
 
-/* The op itself is test_rmsnorm's: here dx, dw and the rounding of dx have to be its, in the place of dres, too. More rows than a device has blocks: those come round. */
+/* The op itself is test_rmsnorm's: here dx, dw and the rounding of dx have to be its, in the place of dres and of dy, too. */
 static void fused_norm_backward(struct rig *r, const struct fused_case *c)
 {
-    int64_t N = c->K > 2000 ? c->N : c->N + 600, C = c->K, n = N * C, bytes = n * (int64_t)dtype_width(r->be->act_dtype);
+    int64_t N = c->N, C = c->K, n = N * C, bytes = n * (int64_t)dtype_width(r->be->act_dtype);
     float *x = acts(r, n, 1, 56), *dy = fused_input(r, N, C, 57), *stream = c->residual ? fused_input(r, N, C, 58) : NULL, *weights = acts(r, C, 1, 59), *scales = floats(r, N), *zero = floats(r, C);
     for (int64_t i = 0; i < N; i++) scales[i] = 0.5f + (float)(i % 7);
     for (int64_t i = 0; i < C; i++) zero[i] = 0;
@@ -634,6 +634,10 @@ static void fused_norm_backward(struct rig *r, const struct fused_case *c)
     }
     rig_reset(r, fused_name(c));
 }
+
+/* More rows than a device of 132 multiprocessors has blocks, 1024 threads on each, so that a block takes several rows and rounds each with the sum of the next: of one vector a thread, two, four, eight in bf16 */
+static const struct fused_case round_and_round[] = {{4301, 16, true}, {1060, 528, false}, {403, 4112, true}};
+static const struct fused_case true_round_and_round[] = {{16384, 3584, true}, {1403, 8192, true}, {803, 8208, false}, {803, 16384, true}, {403, 16400, true}};
 
 struct fused_rope { int64_t N; int Hq, Hkv, D; };
 static const struct fused_rope fused_ropes[] = {{1, 2, 1, 4}, {19, 2, 1, 8}, {19, 3, 1, 16}, {30, 12, 2, 48}, {19, 28, 4, 128}, {19, 64, 8, 128}, {11, 4, 4, 256}, {10, 128, 64, 128}, {3, 256, 64, 128}};
@@ -706,12 +710,25 @@ static void fused_on(const char *precision)
     if (!rig_open_gpu(&r, "fp8, ops that round", precision)) cr_skip_test("no device");
     r.round_inputs = r.be->act_dtype == DTYPE_BF16;
     for (size_t i = 0; i < COUNT(fused_cases); i++) if (2 * fused_cases[i].K <= r.be->fp8_widest) fused(&r, &fused_cases[i]);
+    for (size_t i = 0; i < COUNT(round_and_round); i++) fused_norm_backward(&r, &round_and_round[i]);
     for (size_t i = 0; i < COUNT(fused_ropes); i++) if ((fused_ropes[i].Hq + 2 * fused_ropes[i].Hkv) * fused_ropes[i].D <= r.be->fp8_widest) fused_rope(&r, &fused_ropes[i]);
     rig_close(&r);
 }
 
 Test(gpu, fused_fp32) { fused_on("fp32"); }
 Test(gpu, fused_bf16) { fused_on("bf16"); }
+
+static void fused_true_sizes_on(const char *precision)
+{
+    struct rig r;
+    if (!rig_open_gpu(&r, "fp8, ops that round, true sizes", precision)) cr_skip_test("no device");
+    r.round_inputs = r.be->act_dtype == DTYPE_BF16;
+    for (size_t i = 0; i < COUNT(true_round_and_round); i++) if (2 * true_round_and_round[i].K <= r.be->fp8_widest) fused_norm_backward(&r, &true_round_and_round[i]);
+    rig_close(&r);
+}
+
+Test(gpu, true_sizes_fused_fp32) { fused_true_sizes_on("fp32"); }
+Test(gpu, true_sizes_fused_bf16) { fused_true_sizes_on("bf16"); }
 
 Test(gpu, not_finite)
 {
