@@ -417,3 +417,13 @@ out:
     json_decref(b);
     return rc;
 }
+
+int shard_manifest_fits(const char *dir, const struct shard_manifest *want)
+{
+    struct shard_manifest m;
+    char *path = path_join(dir, "manifest.json");
+    bool begun = path_exists(path);
+    int rc = begun ? shard_manifest_read(dir, &m) : OK;
+    free(path);
+    return begun && rc == OK ? manifest_same(dir, &m, want) : rc;
+}

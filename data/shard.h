@@ -57,6 +57,8 @@ struct shard_manifest {
 };
 /* Reads dir/manifest.json alone. */
 int shard_manifest_read(const char *dir, struct shard_manifest *m);
+/* Whether a writer could go on in dir with `want`: OK also where nothing was begun. ERR_MISMATCH with both values of what differs. */
+int shard_manifest_fits(const char *dir, const struct shard_manifest *want);
 
 /* One row; pointers into the caller's arrays, NULL where the kind has no such field. Positions that are not supervised must hold finite
  * values and ids below valid_vocab, zeros for instance. What a row must fulfil is in FORMAT.md, "What a reader checks". */

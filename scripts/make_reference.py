@@ -53,6 +53,8 @@ def random_model(kind, seed, small):
 
 def load(path, layers):
     config = AutoConfig.from_pretrained(path)
+    if getattr(config, "quantization_config", None):
+        sys.exit(f"{path}: is quantised, which transformers cannot compute here; make a plain copy first: distill export with export.model={path}, export.dtype=f32 and export.path=DIR, and take DIR")
     if layers:
         config.num_hidden_layers = min(layers, config.num_hidden_layers)
         if getattr(config, "layer_types", None):

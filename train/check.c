@@ -384,7 +384,8 @@ static int run_case(struct check *c, const struct backend_options *options)
     TRY(check_trajectory(c));
     printf("\n%d quantities compared, %d outside their bound, %d missing\n", c->compared, c->failed, c->missing);
     if (c->failed || c->missing)
-        rc = fail(ERR_NUMERIC, "%s: %d of %d quantities are outside their bound and %d loss kinds are missing", c->dir, c->failed, c->compared, c->missing);
+        rc = fail(ERR_NUMERIC, "%s: %d of %d quantities are outside their bound and %d loss kinds are missing%s", c->dir, c->failed, c->compared, c->missing,
+                  c->fp8 && c->failed ? "; bounds in fp8 are what small models with random weights keep, another model's own rounding may be larger (teacher-dump --dry-run measures a teacher's)" : "");
 out:
     return rc;
 }
@@ -395,7 +396,7 @@ static void print_help(void)
            "Compares this build with a reference made by transformers and PyTorch: logits, losses, gradients and ten AdamW steps. Exit code 5 if anything is outside its bound.\n\n"
            "  --device NAME         cpu (default) or cuda\n"
            "  --precision NAME      fp32 or bf16; default: fp32 on cpu, bf16 on cuda\n"
-           "  --matmul NAME         native (default), or fp8: the products of the blocks in e4m3, within bounds that e4m3 has\n"
+           "  --matmul NAME         native (default), or fp8: the products of the blocks in e4m3, within what small models with random weights keep\n"
            "  --allow-missing KIND  a loss kind that this build lacks does not fail the check\n\n"
            "A case for your own model: scripts/make_reference.py MODEL_DIR -o CASE_DIR\n\nExample:\n    distill check tests/golden/widths16 --matmul fp8\n");
 }

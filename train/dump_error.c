@@ -102,24 +102,28 @@ out:
     return rc;
 }
 
-struct sums { double kl, row_kl, row_most, label; int64_t n, row_n, agree; };
+struct sums { double kl, row_kl, row_most, label; int64_t n, row_n, rows, agree; };     /* rows: those with a position that was measured */
 
 /* A row has ended: its mean is of interest too. */
 static void end_row(struct sums *s)
 {
-    if (s->row_n) s->row_most = fmax(s->row_most, s->row_kl / (double)s->row_n);
+    if (s->row_n) { s->rows++; s->row_most = fmax(s->row_most, s->row_kl / (double)s->row_n); }
     s->row_kl = 0;
     s->row_n = 0;
 }
 
-static int add(struct sums *s, const struct eval_row *r, bool quarantine)
+/* `row` and `position`: of the corpus; where: the teacher's directory. For messages. */
+static int add(struct sums *s, const struct eval_row *r, bool quarantine, int64_t row, int64_t position, const char *where)
 {
     if (!r->counted) return OK;
     if (!isfinite(r->teacher_logprob)) {
         if (quarantine) return OK;
-        return fail(ERR_NUMERIC, "the teacher's logits are not finite; look for NaN and Inf with distill inspect, or let such positions be set aside with --quarantine");
+        return fail(ERR_NUMERIC, "row %lld, position %lld: the teacher's logits are not finite; check the model with distill inspect %s, or let such positions be set aside with --quarantine",
+                    (long long)row, (long long)position, where);
     }
-    if (!isfinite(r->student_logprob + r->forward_kl)) return fail(ERR_NUMERIC, "the teacher's logits are finite at its own precision and not in fp8: set teacher.precision to native");
+    if (!isfinite(r->student_logprob + r->forward_kl))
+        return fail(ERR_NUMERIC, "row %lld, position %lld: the logits of %s are finite at its own precision and not in fp8: set teacher.precision to native, or let more blocks stay native (teacher.fp8_native_first)",
+                    (long long)row, (long long)position, where);
     s->n++;
     s->row_n++;
     s->kl += r->forward_kl;
@@ -129,7 +133,7 @@ static int add(struct sums *s, const struct eval_row *r, bool quarantine)
     return OK;
 }
 
-int dump_error_compare(const struct dump_error *e, struct model *m, const struct error_room *room, int64_t batch_rows, int64_t Vv, bool quarantine, struct precision_error *out)
+int dump_error_compare(const struct dump_error *e, struct model *m, const struct error_room *room, int64_t batch_rows, int64_t Vv, bool quarantine, const char *where, struct precision_error *out)
 {
     struct backend *be = m->be;
     int64_t L = e->rows->length, V = m->c->vocab_size, n;
@@ -149,13 +153,13 @@ int dump_error_compare(const struct dump_error *e, struct model *m, const struct
             be->ops->compare_logits(be, room->rows, m->logits, room->logits, m->labels + first, R, V, V, Vv);
             be->ops->download(be, host, room->rows, (size_t)R * sizeof *host);
             for (int64_t i = 0; i < R; i++) {
-                TRY(add(&s, &host[i], quarantine));
+                TRY(add(&s, &host[i], quarantine, e->row[row + (first + i) / L], (first + i) % L, where));
                 if ((first + i + 1) % L == 0) end_row(&s);
             }
         }
     }
-    if (!s.n) { rc = fail(ERR_NUMERIC, "the teacher's logits are not finite at any position that was measured; check the model with distill inspect"); goto out; }
-    *out = (struct precision_error){.rows = e->n, .positions = s.n, .kl = fmax(s.kl / (double)s.n, 0), .kl_row_max = s.row_most,
+    if (!s.n) { rc = fail(ERR_NUMERIC, "the teacher's logits are not finite at any position that was measured; check the model with distill inspect %s", where); goto out; }
+    *out = (struct precision_error){.rows = s.rows, .positions = s.n, .kl = fmax(s.kl / (double)s.n, 0), .kl_row_max = s.row_most,
                                     .agreement = (double)s.agree / (double)s.n, .label_difference = s.label / (double)s.n};
 out:
     batch_free(b);

@@ -20,8 +20,8 @@ void dump_error_free(struct dump_error *e);                /* NULL-safe */
 /* The rows through the teacher as it is. Takes device memory (at most memory_limit, 0: what there is) and gives all of it back. ERR_IO: they do not fit. */
 int  dump_error_native(struct dump_error *e, struct backend *be, const struct model_files *files, size_t memory_limit);
 /* Then through `rounded`, loaded, batch_rows at a time. ERR_NUMERIC: logits that are not finite; with `quarantine` such
- * positions are left out, and it is an error only when there is no other. */
-int  dump_error_compare(const struct dump_error *e, struct model *rounded, const struct error_room *room, int64_t batch_rows, int64_t Vv, bool quarantine,
+ * positions are left out, and it is an error only when there is no other. where: the teacher's directory, for messages. */
+int  dump_error_compare(const struct dump_error *e, struct model *rounded, const struct error_room *room, int64_t batch_rows, int64_t Vv, bool quarantine, const char *where,
                         struct precision_error *out);
 
 #endif

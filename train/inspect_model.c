@@ -44,7 +44,8 @@ static void report_rope(struct report *r, const struct model_config *c)
     report_line(r, "rope", j, "rotary positions", "%s", text);
 }
 
-static void report_config(struct report *r, const struct model_config *c, const char *path)
+/* quantised: how many tensors have scales */
+static void report_config(struct report *r, const struct model_config *c, const char *path, int quantised)
 {
     char hash[SHA256_HEX], flags[128] = "";
     int sliding = 0;
@@ -75,7 +76,8 @@ static void report_config(struct report *r, const struct model_config *c, const 
         const struct quantization *q = &c->quantization;
         char scales[64];
         scales_text(q->scales, q->block_rows, q->block_cols, scales);
-        report_line(r, "quantization", json_pack("{s:s, s:s}", "method", q->method, "scales", scales), "quantised by", "%s: e4m3, %s", q->method, scales);
+        report_line(r, "quantization", json_pack("{s:s, s:s}", "method", q->method, "scales", scales), "quantised by", "%s: e4m3, %s%s", q->method, scales,
+                    quantised ? "" : ", says config.json; no tensor is");
     }
     model_config_hash(c, hash);
     report_text(r, "config_hash", "hash of the config", hash);
@@ -355,10 +357,11 @@ int inspect_model(struct report *r, const struct inspect_options *o)
     struct verdict v = {OK, NULL};
     struct model_files *files = NULL;
     struct params *params = NULL;
-    int rc = OK;
+    int rc = OK, quantised = 0;
     TRY(model_files_open(&files, o->path));
     params = params_new(files->config);
-    report_config(r, files->config, o->path);
+    for (int i = 0; i < tensor_set_count(files->tensors); i++) quantised += tensor_set_at(files->tensors, i)->scale != NULL;
+    report_config(r, files->config, o->path, quantised);
     report_parameters(r, params);
     judge(&v, report_tokenizer(r, o->tokenizer ? o->tokenizer : o->path, files->config->vocab_size));
     judge(&v, report_weights(r, files, params));

@@ -140,8 +140,8 @@ static int check_type(const struct tensor_view *v, const char *where)
 {
     if (v->dtype == DTYPE_F32 || v->dtype == DTYPE_F16 || v->dtype == DTYPE_BF16 || (v->dtype == DTYPE_F8_E4M3 && v->scale)) return OK;
     if (v->dtype == DTYPE_F8_E4M3)
-        return fail(ERR_INPUT, "%s: tensor %s has type F8_E4M3 and no scale; it needs weight_scale or weight_scale_inv beside it and "
-                               "a quantization_config in config.json", where, v->name);
+        return fail(ERR_INPUT, "%s: tensor %s has type F8_E4M3 and no scale that is understood; it needs weight_scale or weight_scale_inv beside it, and "
+                               "a quantization_config in config.json that says what it is", where, v->name);
     return fail(ERR_INPUT, "%s: tensor %s has type %s; weights are read from F32, F16, BF16 and F8_E4M3", where, v->name, dtype_name(v->dtype));
 }
 

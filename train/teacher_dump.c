@@ -152,8 +152,25 @@ static int error_check(const struct dump *d)
 {
     double bound = d->c->dump_max_error;
     if (bound <= 0 || d->error.kl <= bound) return OK;
-    return fail(ERR_NUMERIC, "%s: in fp8 it is %.3g nats per token from what it is without (KL over %lld positions), and dump.max_error allows %g: set teacher.precision to native, or raise dump.max_error to dump it all the same",
-                d->files->path, d->error.kl, (long long)d->error.positions, bound);
+    return fail(ERR_NUMERIC, "%s: in fp8 it is %.3g nats per token from what it is without (KL over %lld positions), and dump.max_error allows %g: let more blocks stay native (teacher.fp8_native_first, %lld here), set teacher.precision to native, or raise dump.max_error to dump it all the same",
+                d->files->path, d->error.kl, (long long)d->error.positions, bound, (long long)d->pipeline->o.native_first);
+}
+
+/* A dataset that was begun with other settings is refused before a teacher is loaded and measured for it; the writer, which asks again, would say so only then. */
+static int begun_check(const struct dump *d)
+{
+    char *heldout = heldout_shards_path(d->c);
+    struct shard_manifest m;
+    int rc = OK;
+    TRY(make_manifest(d, d->train, &m));
+    TRY(shard_manifest_fits(d->c->shards_path, &m));
+    if (d->heldout && d->heldout->rows) {
+        TRY(make_manifest(d, d->heldout, &m));
+        rc = shard_manifest_fits(heldout, &m);
+    }
+out:
+    free(heldout);
+    return rc;
 }
 
 /* The pipeline's memory and weights; of a teacher in fp8 that nobody has measured yet what the rounding changes, before there is a manifest. */
@@ -165,13 +182,14 @@ static int load_teacher(struct dump *d)
     int rc = OK;
     TRY(memory_check(p->plan, p->o.memory_limit));           /* before every weight is read */
     if (!dry_run) TRY(tensor_set_hash(d->files->tensors, d->weights_hash));
+    if (!dry_run) TRY(begun_check(d));
     if (fp8 && (dry_run || !error_found(d))) {
         TRY(dump_error_new(&e, d->train, d->c->dump_error_rows, (uint64_t)d->c->run_seed));
         TRY(dump_error_native(e, d->be, d->files, p->o.memory_limit));
     }
     TRY(dump_pipeline_ready(p));
     TRY(model_files_load(d->files, p->model));
-    if (e) TRY(dump_error_compare(e, p->model, &p->error_room, p->o.batch_rows, d->Vv, d->flags.quarantine, &d->error));
+    if (e) TRY(dump_error_compare(e, p->model, &p->error_room, p->o.batch_rows, d->Vv, d->flags.quarantine, d->files->path, &d->error));
     if (fp8) print_error(&d->error, e ? "measured" : "as measured when the dataset was begun");
     fflush(stdout);
     if (fp8 && !dry_run) rc = error_check(d);

@@ -50,12 +50,21 @@ static int check_zero_kd(struct trainer *t, const struct step_stats *s)
                 "the student must say (objective.kd_weight 0 trains on the text alone)", step, t->zero_kd, (long long)s->targets);
 }
 
+/* Of a measured step in fp8, for its end: how many rows of products held what is not finite; valid until the next call. */
+static const char *rounded_text(const struct trainer *t, const struct step_stats *s)
+{
+    static char text[120];
+    if (!s->measured || !t->model->o.fp8) return "";
+    snprintf(text, sizeof text, ", not finite in products in fp8: %.0f rows of inputs, %.0f of gradients", (double)s->census[CENSUS_ACTIVATIONS].not_finite, (double)s->census[CENSUS_GRADIENTS].not_finite);
+    return text;
+}
+
 /* Loss and norm must be finite before a weight moves; a distillation whose KD part is nothing is no distillation. */
 static int check_numbers(struct trainer *t, const struct step_stats *s)
 {
     if (!isfinite(s->loss) || !isfinite(s->grad_norm) || (s->measured && !(isfinite(s->kd_norm) && isfinite(s->ce_norm))))
-        return fail(ERR_NUMERIC, "step %lld: loss %g (kd %g, ce %g), gradient norm %g; no weight was changed. First row of the step: %lld. Lower optimizer.lr, or look at the row with distill inspect",
-                    (long long)(t->state.step + 1), s->loss, s->kd, s->ce, s->grad_norm, (long long)t->batch[0]->row_index[0]);
+        return fail(ERR_NUMERIC, "step %lld: loss %g (kd %g, ce %g), gradient norm %g%s; no weight was changed. First row of the step: %lld. Lower optimizer.lr, or look at the row with distill inspect",
+                    (long long)(t->state.step + 1), s->loss, s->kd, s->ce, s->grad_norm, rounded_text(t, s), (long long)t->batch[0]->row_index[0]);
     if (t->c->objective_kd_weight != 0 && s->targets && s->kd == 0) return check_zero_kd(t, s);
     t->zero_kd = 0;
     return OK;

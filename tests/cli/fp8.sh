@@ -64,7 +64,7 @@ dump --dry-run --no-measure >out.txt && ! grep -q '^precision' out.txt || fail "
 # a weight that is no number
 cp -r teacher broken
 printf '\x00\x00\x80\x7f' | dd of=broken/model.safetensors bs=1 seek=$(($(stat -c %s broken/model.safetensors) - 4)) conv=notrunc 2>dd.log
-expect_exit 5 'logits are not finite' dump --set teacher.path=broken --set shards.path=none
+expect_exit 5 'row [0-9]+, position [0-9]+: the teacher.s logits are not finite; check the model with distill inspect broken' dump --set teacher.path=broken --set shards.path=none
 [ ! -e none ] || fail "a broken teacher left something"
 
 # the other precision
@@ -72,6 +72,7 @@ expect_exit 5 'logits are not finite' dump --set teacher.path=broken --set shard
 grep -q precision native/manifest.json native.log && fail "a native dump speaks of precision"
 expect_exit 6 'was made with teacher_precision "fp8_e4m3", this run has "native"' "$distill" teacher-dump config.yaml
 expect_exit 6 'was made with teacher_precision "native", this run has "fp8_e4m3"' dump --set shards.path=native
+grep -q '^precision' out.txt && fail "measured for a dataset that is refused"
 expect_exit 6 'not dumped with one teacher and one configuration' "$distill" train config.yaml --set run.dir=run --set shards.heldout_path=native-heldout
 expect_exit 6 'teacher.precision is fp8, native was dumped with a teacher at its native precision' "$distill" train config.yaml --set run.dir=run --set shards.path=native --set teacher.precision=fp8
 "$distill" train config.yaml "${fp8[@]}" --set run.dir=run >train.log 2>&1 || fail "train: $(tail -1 train.log)"
@@ -95,6 +96,11 @@ for f in model.safetensors optimizer.safetensors state.json; do
 done
 cmp -s straight/checkpoints/step-00000012/model.safetensors native-run/checkpoints/step-00000012/model.safetensors && fail "train.matmul fp8 changes nothing"
 cmp -s straight/checkpoints/step-00000012/model.safetensors all/checkpoints/step-00000012/model.safetensors && fail "train.fp8_native_first changes nothing"
+
+# a student that becomes no number: the message says where it was seen
+cp -r straight/checkpoints/step-00000012 sick
+printf '\x00\x00\x80\x7f' | dd of=sick/model.safetensors bs=1 seek=$(($(stat -c %s sick/model.safetensors) - 4)) conv=notrunc 2>dd.log
+expect_exit 5 'not finite in products in fp8: [0-9]+ rows of inputs, [1-9][0-9]* of gradients; no weight was changed' "${student[@]}" --set run.dir=none --set student.init=checkpoint --set student.path=sick
 
 # inspect
 "$distill" inspect logits >out.txt
