@@ -541,6 +541,8 @@ static void print_table(const struct eval *e, FILE *f)
     fprintf(f, "\n%lld positions of %lld rows x %lld: %s\nvalid ids: %lld. +- is one standard error with positions taken as independent, which in text they are not quite. Confidence: the largest probability;\n"
             "calibration error: the expected one over %d bins of confidence (Guo et al. 2017).\n", (long long)r->positions,
             (long long)r->rows, (long long)e->row_length, e->source, (long long)e->Vv, CALIBRATION_BINS);
+    if (strcmp(e->c->teacher_precision, "native") || strcmp(e->c->train_matmul, "native"))
+        fprintf(f, "Every model is multiplied at the device's own precision here: teacher.precision and train.matmul are of dumps and of training.\n");
 }
 
 /* NULL for a number that is not known: JSON has no NaN */

@@ -20,6 +20,8 @@ grep -qE 'accuracy retained, % +100.00 +100.00' table.txt || fail "no table: $(c
 
 # the newest checkpoint; rows of the corpus and rows of the dataset made of it; any batch and chunk
 e --set eval.json=eval.json >table.txt
+grep -q 'own precision here' table.txt && fail "eval speaks of precisions that nobody asked for"
+e --set teacher.precision=fp8 --set eval.max_rows=2 >fp8.txt && grep -q '^Every model is multiplied at the device.s own precision here' fp8.txt || fail "eval does not say that it leaves teacher.precision aside: $(tail -2 fp8.txt)"
 e --set eval.json=other.json --set 'corpus.files=[]' --set eval.batch_rows=1 --set train.chunk_tokens=7 >table.txt
 for key in loss top1 top5 bits_per_byte perplexity confidence calibration_error forward_kl reverse_kl agreement positions rows; do
     near "$(number $key)" "$(number $key 1 other.json)" "$key from corpus and dataset"
