@@ -302,7 +302,7 @@ struct compare_context { struct check *c; const char *prefix; const float *value
 
 /* The keys' bias moves all keys of a query alike, which softmax does not see but for the turns of RoPE: its gradient is what is left of terms that cancel, each of which e4m3 has rounded, so a
  * bound on its relative error says little. Uncancelled it would be like a column of the weight's gradient, the same sum with an input in place of 1: the bound is 0.3 of one (0.20 was the worst of 112,
- * from random models), relative to what there is. A gradient left out altogether can be as near as that; the native check sees it. */
+ * from random models), relative to what there is, if there is anything. A gradient left out altogether can be as near as that; the native check sees it. */
 static int key_bias_bound(struct check *c, const char *key, const float *bias, int64_t count, double *bound)
 {
     static const char suffix[] = "k_proj.bias";
@@ -314,7 +314,8 @@ static int key_bias_bound(struct check *c, const char *key, const float *bias, i
     int64_t C = c->student->c->hidden_size;
     int rc = reference(c, name, count * C, &weight);
     if (rc != OK) return rc;
-    *bound = fmax(*bound, 0.3 * norm_of(weight, count * C) / sqrt((double)C) / norm_of(bias, count));
+    double left = norm_of(bias, count);
+    if (left > 0) *bound = fmax(*bound, 0.3 * norm_of(weight, count * C) / sqrt((double)C) / left);
     free(weight);
     return OK;
 }

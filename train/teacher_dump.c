@@ -181,8 +181,10 @@ static int load_teacher(struct dump *d)
     bool fp8 = p->o.fp8, dry_run = d->flags.dry_run;
     int rc = OK;
     TRY(memory_check(p->plan, p->o.memory_limit));           /* before every weight is read */
-    if (!dry_run) TRY(tensor_set_hash(d->files->tensors, d->weights_hash));
-    if (!dry_run) TRY(begun_check(d));
+    if (!dry_run) {
+        TRY(tensor_set_hash(d->files->tensors, d->weights_hash));
+        TRY(begun_check(d));
+    }
     if (fp8 && (dry_run || !error_found(d))) {
         TRY(dump_error_new(&e, d->train, d->c->dump_error_rows, (uint64_t)d->c->run_seed));
         TRY(dump_error_native(e, d->be, d->files, p->o.memory_limit));
